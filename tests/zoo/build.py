@@ -73,7 +73,9 @@ def build(name: str) -> tuple[PreTrainedModel, Path]:
     _tokenizer().save_pretrained(folder)
     if name in ARCHITECTURE_NAME:
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [ARCHITECTURE_NAME[name]]}))
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"architectures": [ARCHITECTURE_NAME[name]]})
+        )
     return model, folder
 
 
@@ -102,7 +104,11 @@ def boot(name: str, dtype: torch.dtype = torch.float32):
 def hf_reference(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh copy of the plain `transformers` model, eager attention, in evaluation mode."""
     model, folder = build(name)
-    return type(model).from_pretrained(folder, attn_implementation="eager", dtype=dtype).eval()
+    return (
+        type(model)
+        .from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=dtype)
+        .eval()
+    )
 
 
 def native_reference(name: str) -> torch.nn.Module:

@@ -1,0 +1,128 @@
+"""What each part of a model writes to a logit, computed a second way: by differentiation.
+
+With the scale of every norm on the way held fixed, the logit is linear in what the sublayers write:
+
+    logit = sum_c <g_c, c>  +  terms of norm and unembedding biases,      g_c = d logit / d c
+
+Here g_c comes from autograd on the plain torch module (`transformers`, or TransformerLens's own models), see
+`trace.py`; never from weights that this file would have to find, nor from TransformerLens's hooks. A
+multiplier or soft cap after the unembedding is held at its value, final logit / raw logit.
+
+`reference` asserts that the rows sum to the logit of the untouched model, to 1e-9 in float64. Rows are named
+as in the package, with one exception: `start` is the stream as block 0 receives it, all embedding rows
+together. `3_attn_out`, `3_mlp_out`, `L3H7`, `3_attn_bias`, `ln_final.b`, `b_U`; other sublayers by their
+module (`3_mamba_out`), and `3_ln_1.b` where a norm with a bias sits on the stream itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.trace import Float64, Trace, unembedding_of
+
+# No linear readout, or no single stream: there is nothing exact to compare with.
+NO_REFERENCE = {
+    "bert_lm": "non-linear prediction head",
+    "modernbert_decoder": "non-linear prediction head",
+    "deepseek_v4": "hyper-connections: several residual streams",
+    "hrm_text": "each layer runs several times",
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Rows `[batch, pos]` by label. `components` sum to `logit`; so do `heads`, where there are any."""
+
+    components: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    logit: Tensor
+
+
+def hf_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's own logits `[batch, pos, d_vocab]`."""
+    with torch.no_grad(), _precision(model):
+        return _logits(model(tokens))
+
+
+def component_rows(
+    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
+) -> dict[str, Tensor]:
+    """What each sublayer, the embedding and the biases write to the logit (difference), each `[batch]`."""
+    rows = reference(model, tokens, answer, incorrect).components
+    return {label: row[:, pos] for label, row in rows.items()}
+
+
+def head_rows(
+    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
+) -> dict[str, Tensor]:
+    """The same with each attention row split by head; empty where attention is not a sum over heads."""
+    rows = reference(model, tokens, answer, incorrect).heads
+    return {label: row[:, pos] for label, row in rows.items()}
+
+
+def reference(model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None) -> Reference:
+    """Every row at every position. `answer` and `incorrect` are one token id per prompt, `[batch]`."""
+    model.requires_grad_(False)
+    expected = _difference(hf_logits(model, tokens), answer, incorrect)
+    with _precision(model), Trace(model) as trace:
+        logits = _logits(model(tokens))
+        raw = trace.raw_logits
+        transform = torch.where(raw == 0, 1.0, logits / raw).detach()
+        _difference(raw * transform, answer, incorrect).sum().backward()
+    b_U = unembedding_of(model)(torch.zeros_like(trace.unembedded))
+    bias_row = _difference((b_U * transform).detach(), answer, incorrect)
+    components: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    for write in trace.writes:
+        if write.leaf.grad is None:  # nothing of it reaches the logits, except through a later sublayer
+            continue
+        for rows, parts in (components, {}), (heads, write.parts):
+            for label, value in (parts or {write.label: write.value}).items():
+                row = (write.leaf.grad * value).sum(-1).reshape(tokens.shape)
+                rows[label] = rows.get(label, 0) + row
+    components = _without_zeros(components | {"b_U": bias_row})
+    heads = _without_zeros(heads | {"b_U": bias_row}) if trace.splits_heads else {}
+    _assert_complete(components, expected)
+    if heads:
+        _assert_complete(heads, expected)
+    return Reference(components, heads, expected)
+
+
+def _difference(logits: Tensor, answer: Tensor, incorrect: Tensor | None) -> Tensor:
+    prompts = torch.arange(len(answer))
+    if incorrect is None:
+        return logits[prompts, :, answer]
+    return logits[prompts, :, answer] - logits[prompts, :, incorrect]
+
+
+def _without_zeros(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The biases that a model does not have leave no row."""
+    return {label: row for label, row in rows.items() if row.any()}
+
+
+def _assert_complete(rows: dict[str, Tensor], expected: Tensor) -> None:
+    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-4
+    size = torch.stack(list(rows.values())).abs().sum(0).max()
+    error = (sum(rows.values()) - expected).abs().max()
+    assert error <= tolerance * size, f"rows miss the logit by {error:.1e}: {list(rows)}"
+
+
+def _logits(output: Tensor | tuple) -> Tensor:
+    return getattr(output, "logits", output)
+
+
+@contextlib.contextmanager
+def _precision(model: nn.Module):
+    """Everything in float64 if the model is: see `Float64`."""
+    dtype = next(model.parameters()).dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Float64() if dtype == torch.float64 else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
