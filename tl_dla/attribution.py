@@ -1,0 +1,314 @@
+"""Direct logit attribution: the parts of a model that wrote a logit, exactly.
+
+    logit = sum over rows,      row = c · w / s   for what a component wrote, c
+
+with the final norm's scale s frozen at its value in this forward pass (see `readout.py`), and two
+rows that no component writes: `ln_final.b` = β · u and `b_U`. In logits. A row says what a part
+wrote *directly*: nothing about what later parts made of it, nor what removing it would do.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_dla.errors import ArgumentError, TokenError
+from tl_dla.model import ModelReader, compute_dtype
+from tl_dla.reconstruction import Reconstruction, rounding
+from tl_dla.recording import Recording, cache_shape, recall, run
+from tl_dla.result import DirectLogitAttribution
+from tl_dla.tokens import (
+    Answers,
+    Positions,
+    Prompts,
+    Targets,
+    read_positions,
+    read_prompts,
+    read_targets,
+)
+from tl_dla.units import Plan, Rows, Unit, require_unit
+
+_CAUSE = (
+    "The likeliest causes: a hook of yours changes activations between the places that are read,"
+    " or the model does something to the stream that was not understood;"
+    " check_model(model, tokens) shows where."
+)
+
+
+def direct_logit_attribution(
+    model: Any,
+    input: str | Sequence[str] | Int[Tensor, "*batch pos"] | None = None,
+    answer_tokens: Answers | None = None,
+    incorrect_tokens: Answers | None = None,
+    *,
+    unit: Unit = "component",
+    pos: Any = -1,
+    cache: Any = None,
+    candidate_tokens: Sequence[str | int] | Int[Tensor, " candidate"] | None = None,
+    include_bias: bool = True,
+    check: Literal["raise", "warn", "off"] = "raise",
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    prepend_bos: bool | None = None,
+) -> DirectLogitAttribution:
+    """Split a logit, or a logit difference, into what each part of the model wrote to it.
+
+    The same name and parameters as `transformer_lens.tools.analysis.direct_logit_attribution`
+    (TransformerLens 4), for any model: folded or not, LayerNorm or RMSNorm. The definition is that
+    of Elhage et al. 2021 (https://transformer-circuits.pub/2021/framework) and Wang et al. 2022
+    (https://arxiv.org/abs/2211.00593), with the norm's γ, β and b_U kept.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
+        input: a prompt, a list of prompts of any lengths, or token ids `[pos]` or `[batch, pos]`.
+            May be left out where a `cache` is given.
+        answer_tokens: the token whose logit is attributed: a string, an id, one per prompt, or a
+            tensor `[batch]` or `[batch, pos]`.
+        incorrect_tokens: the baseline, subtracted: the same forms, or several per prompt (the mean
+            of their logits), or `"mean"` for the mean logit of the vocabulary.
+        unit: `"component"` (embeddings, attention and MLP outputs, as `decompose_resid`),
+            `"layer"` (the stream after each sublayer, as `accumulated_resid(incl_mid=True)`) or
+            `"head"` (heads, as `stack_head_results`, then everything else).
+        pos: positions of each prompt, counted over its real tokens: an integer, a list, a slice, a
+            `Slice`, or None for all of them.
+        cache: an `ActivationCache` to read in place of running the model. Its final residual
+            stream then stands in for the model's logits.
+        candidate_tokens: in place of `answer_tokens`: attribute to each of these tokens, on a last
+            axis of the result.
+        include_bias: whether `ln_final.b` and `b_U` are rows. Without them the rows of a folded
+            model are TransformerLens's own.
+        check: what a failed certificate does.
+        attention_mask: which tokens are real, for padded token ids.
+        prepend_bos: as in `model.to_tokens`, for strings.
+
+    Returns:
+        A `DirectLogitAttribution`, with `attribution` `[row, *batch_and_pos]` in logits.
+
+    Raises:
+        TokenError: for a prompt, answer or position that cannot be what was meant.
+        ArgumentError: for other arguments that do not fit; a `ValueError`.
+        UnsupportedModelError: where the unit does not work on the model.
+        IncompleteCacheError: where the cache lacks hooks, which are named.
+        ReconstructionError: where the rows do not add up to the model's own logit.
+
+    Example:
+        >>> from tl_dla import direct_logit_attribution, load_model
+        >>> model = load_model("demo")
+        >>> result = direct_logit_attribution(
+        ...     model, "The Eiffel Tower is in the city of", " Paris", " London"
+        ... )
+        >>> result.attribution.shape == (len(result.labels), 1)
+        True
+        >>> result.reconstruction.passed
+        True
+    """
+    require_unit(unit)
+    if check not in ("raise", "warn", "off"):
+        raise ArgumentError(f'check must be "raise", "warn" or "off"; {check!r} was given.')
+    reader = ModelReader(model)
+    prompts = _prompts(model, input, cache, prepend_bos, attention_mask)
+    positions = read_positions(pos, prompts)
+    texts = [input] if isinstance(input, str) else input if isinstance(input, list) else None
+    batch = prompts.tokens.shape[0]
+    targets = read_targets(
+        model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
+    )
+    _require_eval(model)
+    plan = make_plan(reader, targets, unit, include_bias)
+    if cache is None:
+        seen = run(model, prompts, positions, plan.probes, targets)
+    else:
+        start = prompts.start if bool(prompts.start.any()) else None
+        seen = recall(reader, cache, start, positions, plan.probes)
+    return assemble(
+        plan, seen, prompts, positions, targets, check=check, from_cache=cache is not None
+    )
+
+
+def make_plan(reader: ModelReader, targets: Targets, unit: Unit, include_bias: bool) -> Plan:
+    """The plan for these targets: their columns of W_U and their biases, pulled back."""
+    unembed, b_U = unembedding(reader.model, targets)
+    return Plan(reader, unembed, b_U, unit, include_bias)
+
+
+def unembedding(
+    model: Any, targets: Targets
+) -> tuple[Float[Tensor, "#batch #pos token d"], Float[Tensor, "#batch #pos token"] | None]:
+    """The targets' columns of W_U and entries of b_U, in at least float32; None for no b_U."""
+    W_U, b_U = model.W_U.detach(), getattr(model, "b_U", None)
+    dtype = compute_dtype(W_U.dtype)
+    ids = targets.ids.to(W_U.device)
+    columns = W_U.mT[ids].to(dtype)
+    if targets.mean_of_vocab:
+        mean = W_U.mean(1, dtype=dtype).expand(*ids.shape[:2], 1, -1)
+        columns = torch.cat([columns, mean], 2)
+    if b_U is None or not bool(b_U.any()):
+        return columns, None
+    bias = b_U.detach()[ids].to(dtype)
+    if targets.mean_of_vocab:
+        bias = torch.cat([bias, b_U.mean(dtype=dtype).expand(*ids.shape[:2], 1)], 2)
+    return columns, bias
+
+
+def assemble(
+    plan: Plan,
+    seen: Recording,
+    prompts: Prompts,
+    positions: Positions,
+    targets: Targets,
+    *,
+    check: Literal["raise", "warn", "off"],
+    from_cache: bool,
+) -> DirectLogitAttribution:
+    """Rows, output transform, certificate and result, from what the pass has shown."""
+    rows = plan.rows(seen)
+    logits, raw = seen.logits, seen.raw
+    if logits is None or raw is None:
+        raw = rows.total
+        logits = output_transform(plan.reader.model, raw)
+    raw, logits = raw.to(rows.total), logits.to(rows.total)
+    ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw)
+    weights = targets.weights.to(ratio)
+
+    def combined(value: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
+        x = (value * ratio) @ weights.mT
+        x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
+        x = x if targets.candidates is not None else x.squeeze(-1)
+        return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
+
+    attribution = torch.stack([combined(row.value) for row in rows.rows])
+    reconstruction = certify(plan, rows, attribution, logits, ratio, combined, targets, positions)
+    if from_cache:
+        reconstruction = Reconstruction(
+            reconstruction.expected,
+            reconstruction.reconstructed,
+            reconstruction.tolerance,
+            "the cache's final residual stream, read out",
+            reconstruction.parts,
+        )
+    if check == "raise":
+        reconstruction.require(_CAUSE)
+    elif check == "warn" and not reconstruction.passed:
+        import warnings
+
+        warnings.warn(str(reconstruction), stacklevel=3)
+    return DirectLogitAttribution(
+        attribution=attribution,
+        labels=[row.label for row in rows.rows],
+        kinds=[row.kind for row in rows.rows],
+        layers=[row.layer for row in rows.rows],
+        unit=plan.unit,
+        logit=reconstruction.expected,
+        reconstruction=reconstruction,
+        plan=plan,
+        seen=seen,
+        ratio=ratio,
+        prompts=prompts,
+        positions=positions,
+        targets=targets,
+    )
+
+
+def certify(
+    plan: Plan,
+    rows: Rows,
+    attribution: Tensor,
+    logits: Tensor,
+    ratio: Tensor,
+    combined: Any,
+    targets: Targets,
+    positions: Positions,
+) -> Reconstruction:
+    """The rows against the model's logit, and the refined rows against what they refine."""
+    weights, d = targets.weights.to(ratio), plan.logit.direction.shape[-1]
+
+    def tolerance(size: Tensor, final: Tensor, values: Tensor, gross: Tensor) -> Tensor:
+        size, final = size * ratio.abs(), final * ratio.abs()
+        x = rounding(size, final, values, gross, weights, plan.dtype, d)
+        x = x if targets.candidates is not None else x.squeeze(-1)
+        return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
+
+    summed = [
+        i
+        for i, row in enumerate(rows.rows)
+        if plan.unit != "layer" or row.kind == "bias" or row.label == "final_post"
+    ]
+    reconstructed = attribution[summed].sum(0)
+    expected = combined_logits(logits, weights, targets, positions)
+    if not plan.include_bias:
+        missing = [b for b in (plan.final_beta, plan.b_U) if b is not None]
+        for bias in missing:
+            expected = expected - combined(bias.to(ratio).expand_as(ratio))
+    gross = sum(row.value.abs() for row in rows.rows) if plan.unit != "layer" else rows.final
+    gross = (gross * ratio.abs()).sum(-1, keepdim=True).expand(*ratio.shape[:2], len(weights))
+    parts = {}
+    for refined in rows.refined:
+        part_gross = refined.rows[..., None].expand_as(gross)
+        parts[f"the heads of {refined.label}"] = Reconstruction(
+            combined(refined.value),
+            combined(refined.parts),
+            tolerance(2 * refined.magnitude, refined.magnitude, refined.value * 0, part_gross),
+            f"row {refined.label}",
+        )
+    return Reconstruction(
+        expected,
+        reconstructed,
+        tolerance(rows.magnitude, rows.final, logits, gross),
+        parts=parts,
+    )
+
+
+def combined_logits(
+    logits: Float[Tensor, "batch pos token"],
+    weights: Float[Tensor, "candidate token"],
+    targets: Targets,
+    positions: Positions,
+) -> Float[Tensor, "..."]:
+    """The model's own logit (difference) at each position, NaN where a prompt has none."""
+    x = logits @ weights.mT
+    x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
+    x = x if targets.candidates is not None else x.squeeze(-1)
+    return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
+
+
+def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The model's own output transform (a multiplier, a soft cap), where it must be applied here
+    because no logits were returned."""
+    adapter = getattr(model, "adapter", None)
+    if hasattr(adapter, "apply_output_logits_transform"):
+        return adapter.apply_output_logits_transform(logits)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+
+def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) -> Prompts:
+    if cache is None:
+        if input is None:
+            raise ArgumentError("Give `input` to run the model on, or a `cache` of such a run.")
+        return read_prompts(model, input, prepend_bos=prepend_bos, attention_mask=mask)
+    batch, pos = cache_shape(cache)
+    if input is None:
+        device = next(iter(model.parameters())).device
+        tokens = torch.zeros(batch, pos, dtype=torch.long, device=device)
+        length = torch.full((batch,), pos, device=device)
+        return Prompts(tokens, torch.zeros_like(length), length)
+    if not isinstance(input, Tensor):  # laid out as TransformerLens laid them out
+        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        input = model.to_tokens(input, **options)
+    prompts = read_prompts(model, input, attention_mask=mask)
+    if tuple(prompts.tokens.shape) != (batch, pos):
+        raise TokenError(
+            f"The input has {tuple(prompts.tokens.shape)} tokens [batch, pos], the cache"
+            f" {(batch, pos)}: they are not of the same run."
+        )
+    return prompts
+
+
+def _require_eval(model: Any) -> None:
+    for name, module in model.named_modules():
+        if module.training:
+            raise ArgumentError(
+                f"The model is in training mode ({name or 'the model'}): dropout would change its"
+                " logits. Call model.eval() first."
+            )

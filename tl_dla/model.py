@@ -1,0 +1,475 @@
+"""Reading a model: what writes to its residual stream, in which order, and how logits are read off.
+
+The residual stream is told as a list of steps, from the embeddings to the final norm:
+
+    Write       a part of the model adds `factor * activation` to the stream
+    Rescale     the stream is multiplied by a number (Gemma 4, RWKV)
+    StreamNorm  the stream itself is normalised (GPT-1, OPT-350M): frozen and chained
+    Point       the stream can be seen here: `3_pre`, `3_mid`, `final_post`
+
+Nothing here knows a model's name. What is read comes from the interface that `HookedTransformer`
+and `TransformerBridge` share (hook names, `blocks`, `ln_final`, `W_U`) and from the attributes of
+the wrapped modules; what is misread shows in the certificate (`reconstruction.py`), because the
+steps must add up to the stream that the model itself unembeds. No other module touches
+`model.blocks`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_dla.errors import UnsupportedModelError
+
+Kind = Literal[
+    "embed", "attn", "mlp", "ssm", "head", "neuron", "expert", "source", "bias", "residual", "rest"
+]
+
+# Where a block writes, as (hook below the block, label, kind, attribute of the wrapped block that
+# multiplies it before it joins the stream).
+_WRITERS: tuple[tuple[str, str, Kind, str], ...] = (
+    ("hook_attn_out", "attn", "attn", "attn_out_multiplier"),
+    ("linear_attn.hook_out", "linear_attn", "ssm", ""),
+    ("mamba.hook_out", "mamba", "ssm", "ssm_out_multiplier"),
+    ("hook_mixer_out", "mixer", "ssm", ""),
+    ("mixer.hook_out", "mixer", "ssm", ""),
+    ("conv.hook_out", "conv", "ssm", ""),
+    ("hook_time_mix_out", "time_mix", "ssm", ""),
+    ("hook_mlp_out", "mlp", "mlp", ""),
+    ("hook_channel_mix_out", "channel_mix", "mlp", ""),
+    ("moe.hook_out", "moe", "mlp", ""),
+    ("shared_mlp.hook_out", "shared_mlp", "mlp", ""),
+    ("post_per_layer_input_norm.hook_out", "per_layer_input", "mlp", ""),
+)
+# Writers of blocks that have no hooks inside: submodules of the wrapped block.
+_UNHOOKED_WRITERS: tuple[tuple[str, str, Kind], ...] = (
+    ("temporal_block", "temporal", "ssm"),
+    ("mamba_decoder.mamba", "mamba", "ssm"),
+    ("mlp_block", "mlp", "mlp"),
+)
+# Modules between the stream and the logits that no frozen linear map can stand for.
+_NONLINEAR_HEADS = ("mlm_head", "prediction_head", "hc_head", "sigma_map", "classifier_ln")
+# Unhooked modules that add positions to the embeddings.
+_POSITION_MODULES = ("embed_positions", "position_embeddings", "wpe")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place whose activation can be read: a hook, or a module's output where there is no hook."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def hooked(self) -> bool:
+        return hasattr(self.module, "fwd_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """γ ⊙ (x − mean) / s + β, with or without the mean, γ and β. `site` shows s, or x."""
+
+    name: str
+    site: Site
+    gamma: Float[Tensor, " d_model"] | None
+    beta: Float[Tensor, " d_model"] | None
+    centred: bool
+    eps: float
+
+    def scale(self, seen: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
+        """s, from what `site` shows: the model's own `hook_scale`, or the norm's input."""
+        if self.site.name.endswith("hook_scale"):
+            return seen[..., 0]
+        return self.scale_of(seen)
+
+    def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+        """s computed from the norm's input."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return (x.square().mean(-1) + self.eps).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """`factor` × the activation at `site` is added to the stream."""
+
+    label: str
+    kind: Kind
+    layer: int | None
+    site: Site
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """The whole stream is multiplied by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class StreamNorm:
+    """The stream itself passes through a norm; its β is a row of its own."""
+
+    norm: Norm
+    layer: int
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The stream can be seen here; `block` is True at the borders of blocks."""
+
+    label: str
+    layer: int
+    site: Site
+    block: bool = True
+
+
+Step = Write | Rescale | StreamNorm | Point
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The residual stream of a model, and how its logits are read off."""
+
+    steps: tuple[Step, ...]
+    norm: Norm | None
+    project_out: Float[Tensor, "unembedded d_model"] | None
+
+    @property
+    def writes(self) -> list[Write]:
+        return [step for step in self.steps if isinstance(step, Write)]
+
+    @property
+    def points(self) -> list[Point]:
+        return [step for step in self.steps if isinstance(step, Point)]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """How an attention layer writes: W_O per head, its bias, then what its output passes through.
+
+    `site` shows the heads' mixed values z, `[batch, pos, head, d_head]` or with the last two
+    flattened. `factor` multiplies the output before the hook that shows what is written.
+    """
+
+    layer: int
+    site: Site
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"] | None
+    post_norm: Norm | None
+    factor: float
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Contractions run in float64 for a float64 model, in float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether the model is a `TransformerBridge` (it wraps another) or a `HookedTransformer`."""
+    return hasattr(model, "original_model")
+
+
+def unwrap(module: Any) -> Any:
+    """The module that a bridge component wraps, or the module itself."""
+    return getattr(module, "original_component", None) or module
+
+
+def parameter(module: Any, name: str) -> Tensor | None:
+    """A weight or bias as it is used now, brought back from where `accelerate` offloaded it."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return None
+    if value.device.type == "meta":
+        from accelerate.utils import align_module_device
+
+        with align_module_device(unwrap(module)):
+            value = getattr(unwrap(module), name).clone()
+    return value.detach()
+
+
+class ModelReader:
+    """What one model says of itself. Cheap to make: nothing is kept between calls, so an edited
+    weight is never stale."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.hooks: Mapping[str, Any] = model.hook_dict
+        if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{self.architecture} has no single stack of blocks writing to one residual stream,"
+                " so its logits cannot be split into rows; no unit works on it."
+            )
+        for name, module in model._modules.items():
+            if getattr(module, "original_component", module) is None:
+                raise UnsupportedModelError(
+                    f"{self.architecture} has no `{name}` although TransformerLens expects one, so"
+                    " the model cannot run; no unit works on it."
+                )
+            if name in _NONLINEAR_HEADS:
+                raise UnsupportedModelError(
+                    f"{self.architecture} passes the residual stream through `{name}`, which is not"
+                    " linear, before its logits: no row is a part of them, and no unit works on it."
+                )
+        for layer, block in enumerate(model.blocks):
+            if not getattr(block, "hook_out_is_single_residual_stream", True):
+                raise UnsupportedModelError(
+                    f"{self.architecture} carries several residual streams through blocks.{layer}"
+                    f" ({type(block).__name__}), so its logits cannot be split into rows;"
+                    " no unit works on it."
+                )
+
+    @property
+    def architecture(self) -> str:
+        cfg = self.model.cfg
+        return str(
+            getattr(cfg, "architecture", None)
+            or getattr(cfg, "original_architecture", None)
+            or getattr(cfg, "model_name", None)
+            or type(self.model).__name__
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.model.blocks)
+
+    def site(self, name: str) -> Site | None:
+        """The hook of that name or alias, under its own name; None where there is none."""
+        hook = self.hooks.get(name)
+        return None if hook is None else Site(hook.name or name, hook)
+
+    # ---- the stream ----------------------------------------------------------------------------
+
+    def stream(self) -> Stream:
+        """Every step from the embeddings to the unembedding."""
+        steps: list[Step] = [*self._embeddings()]
+        for layer in range(self.n_layers):
+            steps += self._block(layer)
+        norm = self._final_norm()
+        last = self.n_layers - 1
+        final = (
+            self.site("ln_final.hook_in")
+            or self.site("project_out.hook_in")
+            or (self.site("unembed.hook_in") if norm is None else None)
+            or self.site(f"blocks.{last}.hook_resid_post")
+        )
+        if final is None:
+            raise UnsupportedModelError(
+                f"{self.architecture} shows its final residual stream at no hook (ln_final.hook_in,"
+                f" blocks.{last}.hook_resid_post), so no unit works on it."
+            )
+        steps.append(Point("final_post", self.n_layers, final))
+        project_out = self.model._modules.get("project_out")
+        weight = None if project_out is None else parameter(unwrap(project_out), "weight")
+        return Stream(tuple(steps), norm, weight)
+
+    def _embeddings(self) -> list[Step]:
+        steps: list[Step] = []
+        embed = self.site("project_in.hook_out") or self.site("hook_embed")
+        if embed is not None:
+            steps.append(Write("embed", "embed", None, embed))
+        if (positions := self._positions()) is not None:
+            steps.append(Write("pos_embed", "embed", None, positions))
+        return steps
+
+    def _positions(self) -> Site | None:
+        """Positions that are added to the stream: not rotary, ALiBi or shortformer ones."""
+        if getattr(self.model.cfg, "positional_embedding_type", "standard") != "standard":
+            return None
+        site = self.site("hook_pos_embed")
+        if site is not None and not site.name.startswith("rotary"):
+            return site
+        if is_bridge(self.model):
+            for name, module in self.model.original_model.named_modules():
+                if name.rpartition(".")[2] in _POSITION_MODULES:
+                    return Site(f"original_model.{name}", module)
+        return None
+
+    def _block(self, layer: int) -> list[Step]:
+        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        writes = self._writes(layer)
+        before = self.site(f"blocks.{layer}.hook_resid_pre")
+        steps: list[Step] = []
+        if before is not None:
+            steps.append(Point(f"{layer}_pre", layer, before))
+        if layer == 0 and "pre_ln" in block._modules:
+            steps.append(StreamNorm(self.norm(block.pre_ln, "blocks.0.pre_ln"), 0))
+
+        where = self._stream_norms(layer)
+        for i, write in enumerate(writes):
+            norm = None
+            if where != "none" and i < 2:
+                name = f"blocks.{layer}.ln{i + 1}"
+                norm = StreamNorm(self.norm(getattr(block, f"ln{i + 1}"), name), layer)
+            middle = self.site(f"blocks.{layer}.hook_resid_mid")
+            if where == "none" and write.kind == "mlp" and i > 0 and middle is not None:
+                if not any(isinstance(step, Point) and not step.block for step in steps):
+                    steps.append(Point(f"{layer}_mid", layer, middle, block=False))
+            order = [norm, write] if where == "before" else [write, norm]
+            steps += [step for step in order if step is not None]
+
+        scalar = getattr(inner, "layer_scalar", None)
+        if isinstance(scalar, Tensor):
+            steps.append(Rescale(float(scalar)))
+        every = getattr(getattr(self.model, "original_model", None), "config", None)
+        every = getattr(every, "rescale_every", 0) if "time_mix" in block._modules else 0
+        if every and (layer + 1) % every == 0:
+            steps.append(Rescale(0.5))
+        return steps
+
+    def _stream_norms(self, layer: int) -> Literal["none", "before", "after"]:
+        """Whether ln1 and ln2 act on the stream itself, before each write or after it."""
+        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        if getattr(inner, "apply_residual_connection_post_layernorm", False):
+            return "before"
+        names = list(block._modules)
+        if not {"attn", "ln1", "ln2"} <= set(names):
+            return "none"
+        post = getattr(inner, "do_layer_norm_before", None) is False
+        if "ln_final" not in self.model._modules and is_bridge(self.model):
+            post = post or names.index("attn") < names.index("ln1")
+        return "after" if post else "none"
+
+    def _writes(self, layer: int) -> list[Write]:
+        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        # A block that scales what it adds shows hook_attn_out and hook_mlp_out already scaled.
+        scale = float(getattr(block, "residual_contribution_scale", 1.0))
+        writes: list[Write] = []
+        seen: set[str] = set()
+        for hook, label, kind, multiplier in _WRITERS:
+            site = self.site(f"blocks.{layer}.{hook}")
+            if site is None or site.name in seen:
+                continue
+            if hook in ("moe.hook_out", "shared_mlp.hook_out") and any(
+                write.label.endswith("_mlp_out") for write in writes if write.kind == "mlp"
+            ) and f"blocks.{layer}.hook_mlp_out" in self.hooks:
+                continue
+            seen.add(site.name)
+            factor = float(getattr(inner, multiplier, 1.0)) if multiplier else 1.0
+            factor *= 1.0 if hook.startswith("hook_") else scale
+            writes.append(Write(f"{layer}_{label}_out", kind, layer, site, factor))
+        if not writes:
+            modules = dict(inner.named_modules())
+            for path, label, kind in _UNHOOKED_WRITERS:
+                if path in modules:
+                    site = Site(f"blocks.{layer}.original_component.{path}", modules[path])
+                    writes.append(Write(f"{layer}_{label}_out", kind, layer, site))
+        return writes
+
+    # ---- norms ---------------------------------------------------------------------------------
+
+    def _final_norm(self) -> Norm | None:
+        module = self.model._modules.get("ln_final")
+        if module is None or isinstance(module, nn.Identity):
+            return None
+        if is_bridge(self.model) and self.site("ln_final.hook_scale") is None:
+            if isinstance(unwrap(module), nn.Identity) or not self._normalises(module):
+                return None
+        return self.norm(module, "ln_final")
+
+    @staticmethod
+    def _normalises(module: Any) -> bool:
+        return "norm" in type(unwrap(module)).__name__.lower()
+
+    def norm(self, module: Any, name: str) -> Norm:
+        """A LayerNorm or RMSNorm of either kind of model, folded or not."""
+        inner, cfg = unwrap(module), self.model.cfg
+        site = self.site(f"{name}.hook_scale") or self.site(f"{name}.hook_in")
+        if site is None:
+            raise UnsupportedModelError(
+                f"{self.architecture} shows neither the scale nor the input of its norm {name},"
+                " so nothing can be read back through it."
+            )
+        if hasattr(module, "uses_rms_norm"):
+            centred = not module.uses_rms_norm
+        else:
+            centred = "RMS" not in type(inner).__name__
+        gamma = parameter(module, "w") if not is_bridge(self.model) else parameter(inner, "weight")
+        beta = parameter(module, "b") if not is_bridge(self.model) else parameter(inner, "bias")
+        if type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge"):
+            gamma = beta = None
+        if hasattr(module, "uses_weight_offset"):
+            offset = module.uses_weight_offset
+        else:
+            offset = not centred and bool(getattr(cfg, "rmsnorm_uses_offset", False))
+            offset = offset and hasattr(module, "uses_rms_norm")
+        if gamma is not None:
+            gamma = gamma.to(compute_dtype(gamma.dtype)) + (1.0 if offset else 0.0)
+        eps = next(
+            (
+                float(getattr(place, attribute))
+                for place in (inner, module)
+                for attribute in ("eps", "variance_epsilon")
+                if getattr(place, attribute, None) is not None
+            ),
+            float(getattr(cfg, "eps", 1e-5)),
+        )
+        return Norm(name, site, gamma, beta, centred, eps)
+
+    # ---- attention -----------------------------------------------------------------------------
+
+    def attention(self, layer: int) -> Attention | None:
+        """How the layer's heads write; None for a layer that has no attention."""
+        block = self.model.blocks[layer]
+        attn = block._modules.get("attn")
+        if attn is None or self.site(f"blocks.{layer}.hook_attn_out") is None:
+            return None
+        site = self.site(f"blocks.{layer}.attn.hook_z") or self.site(f"blocks.{layer}.attn.o.hook_in")
+        if site is None:
+            raise UnsupportedModelError(
+                f'unit="head" needs the heads\' mixed values (hook_z), which {type(attn).__name__} of'
+                f' blocks.{layer} in {self.architecture} does not show; unit="component" and'
+                ' unit="layer" work.'
+            )
+        W_O, b_O = self._output_map(attn, layer)
+        return Attention(
+            layer,
+            site,
+            W_O,
+            b_O,
+            self._post_norm(layer, "ln1"),
+            float(getattr(block, "residual_contribution_scale", 1.0)),
+        )
+
+    def _post_norm(self, layer: int, name: str) -> Norm | None:
+        """The norm that a sublayer's output passes through before it joins the stream."""
+        block = self.model.blocks[layer]
+        module = block._modules.get(f"{name}_post")
+        if module is not None and (not is_bridge(self.model) or module.original_component is not None):
+            return self.norm(module, f"blocks.{layer}.{name}_post")
+        if not is_bridge(self.model):
+            from transformer_lens.components import transformer_block
+
+            after = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
+            if self.model.cfg.original_architecture in after:
+                return self.norm(getattr(block, name), f"blocks.{layer}.{name}")
+        return None
+
+    def _output_map(self, attn: Any, layer: int) -> tuple[Tensor, Tensor | None]:
+        """W_O as [head, d_head, d_model] and b_O."""
+        if not is_bridge(self.model):
+            return attn.W_O.detach(), parameter(attn, "b_O")
+        output = unwrap(attn._modules["o"])
+        weight, bias = parameter(output, "weight"), parameter(output, "bias")
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f'unit="head" needs the weight of blocks.{layer}.attn.o as a matrix, but'
+                f" {type(output).__name__} in {self.architecture} holds it in another form (quantised"
+                ' or sharded); unit="component" and unit="layer" work.'
+            )
+        if type(output).__name__ != "Conv1D":
+            weight = weight.mT
+        n_heads = self._n_heads(attn, weight.shape[0])
+        return weight.unflatten(0, (n_heads, -1)), bias
+
+    def _n_heads(self, attn: Any, width: int) -> int:
+        inner = unwrap(attn)
+        for name in ("v_head_dim", "head_dim"):
+            d_head = getattr(inner, name, None)
+            if isinstance(d_head, int) and d_head > 0 and width % d_head == 0:
+                return width // d_head
+        return int(self.model.cfg.n_heads)

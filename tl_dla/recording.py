@@ -1,0 +1,182 @@
+"""One forward pass, or a given cache: what the rows need is read at the hooks and nothing is kept.
+
+A `Probe` reads a site and keeps what its function makes of it, usually the dot product with a
+pulled-back direction: a number per row and position, never the activation. The model is run once,
+and unembeds only the positions asked for.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.errors import IncompleteCacheError
+from tl_dla.model import ModelReader, Site
+from tl_dla.tokens import Positions, Prompts, Targets
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Keep `read(activation at the attributed positions)` under `key`.
+
+    `whole` reads the activation at every position (attention patterns and values need it).
+    """
+
+    key: str
+    site: Site
+    read: Callable[[Tensor], Tensor]
+    whole: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What the probes kept, and the target tokens' logits before and after the output transform."""
+
+    values: dict[str, Tensor]
+    raw: Float[Tensor, "batch pos token"] | None = None
+    logits: Float[Tensor, "batch pos token"] | None = None
+
+
+def run(
+    model: Any,
+    prompts: Prompts,
+    positions: Positions,
+    probes: Sequence[Probe],
+    targets: Targets | None,
+) -> Recording:
+    """Run the model once on the prompts with the probes in place."""
+    values: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    tokens = prompts.packed
+    by_site = _by_site(probes)
+
+    def reader(name: str) -> Callable[..., None]:
+        def read(activation: Any, **_: Any) -> None:
+            if isinstance(activation, tuple):
+                activation = activation[0]
+            x = _batched(activation, *tokens.shape)
+            taken = None
+            for probe in by_site[name]:
+                if probe.whole:
+                    values[probe.key] = probe.read(x)
+                else:
+                    taken = positions.take(x) if taken is None else taken
+                    values[probe.key] = probe.read(taken)
+
+        return read
+
+    def keep_positions(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (positions.take(args[0]), *args[1:])
+
+    def keep_raw(_module: Any, _args: Any, output: Tensor) -> None:
+        assert targets is not None
+        seen["raw"] = select(output, targets)
+
+    sites = {name: probes[0].site for name, probes in by_site.items()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for name, site in sites.items():
+            if not site.hooked:
+                handle = site.module.register_forward_hook(
+                    lambda _m, _a, output, read=reader(name): read(output)
+                )
+                stack.callback(handle.remove)
+        stack.callback(model.unembed.register_forward_pre_hook(keep_positions).remove)
+        if targets is not None:
+            stack.callback(model.unembed.register_forward_hook(keep_raw).remove)
+        hooks = [(name, reader(name)) for name, site in sites.items() if site.hooked]
+        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        output = model(tokens, return_type="logits")
+    if targets is None:
+        return Recording(values)
+    return Recording(values, seen["raw"], select(output, targets))
+
+
+def recall(
+    reader: ModelReader,
+    cache: Any,
+    start: Tensor | None,
+    positions: Positions,
+    probes: Sequence[Probe],
+) -> Recording:
+    """The same from a cache, full or partial.
+
+    Raises:
+        IncompleteCacheError: naming the hooks that the cache lacks.
+    """
+    batch, pos = positions.index.shape[0], cache_shape(cache)[1]
+    by_site, names = _by_site(probes), _names_in_cache(reader, cache)
+    missing = [name for name in by_site if name not in names]
+    if missing:
+        listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" * (len(missing) > 6))
+        raise IncompleteCacheError(
+            f"The cache lacks {listed}: run the model with"
+            " names_filter=required_hooks(model, unit), or give the input in place of the cache."
+        )
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, wanted in by_site.items():
+            x = cache.cache_dict[names[name]]
+            x = _batched(x if cache.has_batch_dim else x[None], batch, pos)
+            taken = None
+            for probe in wanted:
+                if probe.whole:
+                    values[probe.key] = probe.read(x)
+                else:
+                    taken = positions.take(x, start) if taken is None else taken
+                    values[probe.key] = probe.read(taken)
+    return Recording(values)
+
+
+def cache_shape(cache: Any) -> tuple[int, int]:
+    """Batch and positions of a cache, from the activations whose second axis is positions."""
+    for name, x in cache.cache_dict.items():
+        if name.endswith(("hook_resid_pre", "hook_resid_post", "hook_in", "hook_embed", "hook_out",
+                          "hook_z", "hook_scale")):
+            shape = x.shape if cache.has_batch_dim else (1, *x.shape)
+            return int(shape[0]), int(shape[1])
+    raise IncompleteCacheError(
+        "The cache holds no activation of the residual stream: run the model with"
+        " names_filter=required_hooks(model, unit)."
+    )
+
+
+def select(
+    logits: Float[Tensor, "batch pos d_vocab"], targets: Targets
+) -> Float[Tensor, "batch pos token"]:
+    """The target tokens' logits, in at least float32."""
+    ids = targets.ids.to(logits.device).expand(*logits.shape[:2], -1)
+    chosen = logits.gather(-1, ids)
+    chosen = chosen.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if targets.mean_of_vocab:
+        mean = logits.mean(-1, keepdim=True, dtype=chosen.dtype)
+        chosen = torch.cat([chosen, mean], -1)
+    return chosen
+
+
+def _by_site(probes: Iterable[Probe]) -> dict[str, list[Probe]]:
+    by_site: dict[str, list[Probe]] = defaultdict(list)
+    for probe in probes:
+        by_site[probe.site.name].append(probe)
+    return by_site
+
+
+def _batched(x: Tensor, batch: int, pos: int) -> Tensor:
+    """`[batch, pos, …]`, also where a module flattens the two (some mixtures of experts do)."""
+    if x.ndim == 2 and x.shape[0] == batch * pos:
+        return x.unflatten(0, (batch, pos))
+    return x[None] if x.ndim == 2 and x.shape[0] == pos else x
+
+
+def _names_in_cache(reader: ModelReader, cache: Any) -> dict[str, str]:
+    """Each hook's own name, to the name or alias under which the cache holds it."""
+    names = {name: name for name in cache.cache_dict}
+    for alias, hook in reader.hooks.items():
+        if alias in cache.cache_dict and hook.name is not None:
+            names.setdefault(hook.name, alias)
+    return names

@@ -1,0 +1,252 @@
+"""`DirectLogitAttribution`: rows, labels, the model's own logit and the certificate, in one place."""
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.model import Kind
+from tl_dla.readout import Readout
+from tl_dla.reconstruction import Reconstruction
+from tl_dla.recording import Recording
+from tl_dla.tokens import Positions, Prompts, Targets, token_strings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from tl_dla.units import Plan
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectLogitAttribution:
+    """What each part of the model wrote to a logit, in logits.
+
+    Attributes:
+        attribution: `[row, *batch_and_pos]`, with a last axis `candidate` for `candidate_tokens`.
+            NaN where a prompt has no such position.
+        labels: the rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`).
+        kinds: what each row is: `embed`, `attn`, `mlp`, `ssm`, `head`, `bias`, `residual`, `rest`.
+        layers: each row's layer, None for rows of no layer.
+        unit: the unit asked for.
+        logit: the model's own logit, or logit difference, `[*batch_and_pos]`.
+        reconstruction: the certificate that the rows add up to it.
+    """
+
+    attribution: Float[Tensor, "row *batch_and_pos"]
+    labels: list[str]
+    kinds: list[Kind]
+    layers: list[int | None]
+    unit: str
+    logit: Float[Tensor, "*batch_and_pos"]
+    reconstruction: Reconstruction
+    plan: "Plan" = field(repr=False)
+    seen: Recording = field(repr=False)
+    ratio: Float[Tensor, "batch pos token"] = field(repr=False)
+    prompts: Prompts = field(repr=False)
+    positions: Positions = field(repr=False)
+    targets: Targets = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.labels) == len(self.kinds) == len(self.layers) == len(self.attribution):
+            raise ArgumentError("labels, kinds and layers must be aligned with the rows.")
+
+    @property
+    def model(self) -> Any:
+        """The model attributed."""
+        return self.plan.reader.model
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
+        """One row, by its label."""
+        if label not in self.labels:
+            raise KeyError(
+                f'No row {label!r} in a unit="{self.unit}" result; the rows are'
+                f" {', '.join(self.labels[:4])}, …, {self.labels[-1]}."
+            )
+        return self.attribution[self.labels.index(label)]
+
+    @property
+    def heads(self) -> Float[Tensor, "layer head *batch_and_pos"]:
+        """The head rows by layer and head; 0 where a layer has fewer heads or none.
+
+        Raises:
+            ArgumentError: where the result has no head rows.
+        """
+        places = [re.fullmatch(r"L(\d+)H(\d+)", label) for label in self.labels]
+        found = [(i, int(m[1]), int(m[2])) for i, m in enumerate(places) if m]
+        if not found:
+            raise ArgumentError(
+                f'A unit="{self.unit}" result has no head rows: attribute with unit="head".'
+            )
+        n_heads = max(head for _, _, head in found) + 1
+        shape = (self.plan.reader.n_layers, n_heads, *self.attribution.shape[1:])
+        heads = self.attribution.new_zeros(shape)
+        rows, layers, indices = map(list, zip(*found, strict=True))
+        heads[layers, indices] = self.attribution[rows]
+        return heads
+
+    @property
+    def readout(self) -> Readout:
+        """The readout of the final residual stream: `readout.of(stack)` of what rows wrote is the
+        attribution (see `decompose`); the bias rows are not in the stream.
+
+        Raises:
+            ArgumentError: for a result over several candidates, which has a readout for each.
+        """
+        if self.targets.candidates is not None:
+            raise ArgumentError("A result over candidates has no single readout.")
+        base = self.plan.logit
+        weights = (self.ratio * self.targets.weights[0].to(self.ratio))[..., None]
+        direction = (base.direction.to(weights) * weights).sum(-2)
+        scales = {name: x for name, x in self.seen.values.items() if x.ndim == 2}
+        scale = base.frozen(scales).scale
+        squeeze = self.positions.squeeze
+        return Readout(squeeze(direction), base.norms, None if scale is None else squeeze(scale))
+
+    # ---- ranking -------------------------------------------------------------------------------
+
+    def top(
+        self,
+        k: int = 5,
+        *,
+        kind: Kind | None = None,
+        by: Literal["value", "magnitude"] = "value",
+        largest: bool = True,
+        prompt: int | None = None,
+        mean: bool = False,
+    ) -> list[tuple[str, float]]:
+        """The k highest rows as `(label, value)`, best first.
+
+        Args:
+            k: how many; fewer where there are not so many rows.
+            kind: only rows of this kind, such as `"head"`.
+            by: `"magnitude"` ranks by absolute value; the signed value is returned.
+            largest: False for the lowest rows instead.
+            prompt: which prompt of a batch.
+            mean: average over prompts and positions. Nothing is averaged unless asked. By
+                magnitude, rows are then ranked by their mean absolute value.
+
+        Raises:
+            ArgumentError: where there are several values a row and neither `prompt` nor `mean`
+                says which is meant; for an unknown kind or ranking.
+        """
+        if by not in ("value", "magnitude"):
+            raise ArgumentError(f'by must be "value" or "magnitude"; {by!r} was given.')
+        if k < 1:
+            raise ArgumentError(f"k must be at least 1; {k} was given.")
+        rows = [i for i, own in enumerate(self.kinds) if kind is None or own == kind]
+        if not rows:
+            present = ", ".join(sorted(set(self.kinds)))
+            raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
+        values = self.attribution[rows].detach().cpu()
+        if prompt is not None:
+            values = values[:, prompt]
+        values = values.reshape(len(rows), -1)
+        if values.shape[1] > 1 and not mean:
+            raise ArgumentError(
+                f"Each row has {values.shape[1]} values (prompts, positions, candidates): pass"
+                " mean=True for their average, or prompt= to pick a prompt."
+            )
+        key = values.abs().nanmean(1) if by == "magnitude" else values.nanmean(1)
+        order = key.argsort(descending=largest, stable=True)[:k].tolist()
+        averages = values.nanmean(1).tolist()
+        return [(self.labels[rows[i]], averages[i]) for i in order]
+
+    # ---- tables, text, pictures ----------------------------------------------------------------
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """A tidy table: one line per row × prompt × position (× candidate).
+
+        Columns: `label`, `kind`, `layer`, `prompt`, `position` (of the prompt's real tokens),
+        `token` (the token at that position), `candidate` where there are several, `attribution`,
+        `logit` (the model's own) and `share` (attribution / logit).
+        """
+        import pandas as pd
+
+        values = self._with_position_axis(self.attribution)
+        logit = self._with_position_axis(self.logit[None])[0]
+        names = self.targets.candidates or ("",)
+        packed = self.prompts.packed
+        lines = []
+        for b, p in self.positions.valid.nonzero().tolist():
+            position = int(self.positions.index[b, p])
+            token = token_strings(self.model, packed[b, position][None])[0]
+            for c, name in enumerate(names):
+                frame = pd.DataFrame(
+                    {
+                        "label": self.labels,
+                        "kind": self.kinds,
+                        "layer": pd.array(self.layers, dtype="Int64"),
+                        "prompt": b,
+                        "position": position,
+                        "token": token,
+                        "attribution": values[:, b, p, c].detach().cpu().numpy(),
+                        "logit": float(logit[b, p, c]),
+                    }
+                )
+                if self.targets.candidates:
+                    frame.insert(6, "candidate", name)
+                lines.append(frame)
+        table = pd.concat(lines, ignore_index=True)
+        table["share"] = table["attribution"] / table["logit"]
+        return table
+
+    def _with_position_axis(self, x: Tensor) -> Float[Tensor, "row batch pos candidate"]:
+        x = x if self.targets.candidates is not None else x[..., None]
+        return x.unsqueeze(2) if self.positions.single else x
+
+    @property
+    def target(self) -> str:
+        """What is attributed, in words: `' Paris' − ' London'`."""
+        ids = self.targets.ids
+        if self.targets.candidates is not None:
+            return f"{len(self.targets.candidates)} candidate tokens"
+        if ids.shape[:2] != (1, 1):
+            return "each prompt's own answer"
+        names = [repr(name) for name in token_strings(self.model, ids.flatten())]
+        if self.targets.mean_of_vocab:
+            names.append("mean of the vocabulary")
+        if len(names) == 1:
+            return names[0]
+        others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
+        return f"{names[0]} − {others}"
+
+    def plot(self, **options: Any) -> "go.Figure":
+        """The figure for this unit, a plotly figure; see `tl_dla.plots`."""
+        from tl_dla import plots
+
+        return plots.plot(self, **options)
+
+    def __repr__(self) -> str:
+        """The rows that matter, the total, the model's own logit and the certificate."""
+        shape = list(self.attribution.shape)
+        lines = [f'DirectLogitAttribution: {self.target}, unit="{self.unit}", rows {shape}']
+        several = self.attribution[0].numel() > 1
+        shown = min(_SHOWN, len(self.labels))
+        rows = self.top(shown, by="magnitude", mean=True)
+        what = "mean over prompts and positions" if several else "logits"
+        lines.append(f"  the {shown} largest of {len(self.labels)} rows ({what}):")
+        width = max(len(label) for label, _ in rows)
+        lines += [f"  {label:>{width}}  {value:+9.4f}" for label, value in rows]
+        total = float(self.reconstruction.reconstructed.nanmean())
+        own = float(self.logit.nanmean())
+        lines.append(f"  {'all rows':>{width}}  {total:+9.4f}   the model's own: {own:+.4f}")
+        lines.append(f"  {self.reconstruction}")
+        return "\n".join(lines)
+
+
+def require_heads(result: DirectLogitAttribution) -> None:
+    """Raise unless the result has head rows."""
+    if "head" not in result.kinds:
+        raise UnsupportedModelError(
+            f'A unit="{result.unit}" result has no head rows: attribute with unit="head".'
+        )
