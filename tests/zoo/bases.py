@@ -1,4 +1,4 @@
-"""What the configurations of one family have in common: three layers, d_model 32, 4 heads, 97 tokens."""
+"""What configurations have in common: three layers, d_model 32, 4 heads, 97 tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def without(kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in names}
 
 
-N = dict(vocab_size=D_VOCAB, bos_token_id=1, eos_token_id=2)
-I = dict(**N, pad_token_id=0)
-GPT2 = dict(**N, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+NO_PAD = dict(vocab_size=D_VOCAB, bos_token_id=1, eos_token_id=2)
+IDS = dict(**NO_PAD, pad_token_id=0)
+GPT2 = dict(**NO_PAD, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 NEOX = dict(
-    **N,
+    **NO_PAD,
     hidden_size=32,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -24,14 +24,19 @@ NEOX = dict(
     max_position_embeddings=64,
 )
 OPT = dict(
-    **I, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64
+    **IDS,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    ffn_dim=64,
+    max_position_embeddings=64,
 )
-BIGCODE = dict(**I, n_embd=32, n_layer=3, n_head=4, n_positions=64)
-MPT = dict(**I, d_model=32, n_heads=4, n_layers=3, max_seq_len=64)
-FALCON = dict(**I, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-BLOOM = dict(**I, hidden_size=32, n_layer=3, n_head=4)
+BIGCODE = dict(**IDS, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+MPT = dict(**IDS, d_model=32, n_heads=4, n_layers=3, max_seq_len=64)
+FALCON = dict(**IDS, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+BLOOM = dict(**IDS, hidden_size=32, n_layer=3, n_head=4)
 BERT = dict(
-    **I,
+    **IDS,
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=3,
@@ -58,7 +63,7 @@ DSM = dict(
     n_group=1,
     topk_group=1,
 )
-MAMBA = dict(**I, hidden_size=32, state_size=8, num_hidden_layers=3, expand=2, conv_kernel=4)
+MAMBA = dict(**IDS, hidden_size=32, state_size=8, num_hidden_layers=3, expand=2, conv_kernel=4)
 M2 = dict(
     mamba_n_heads=8,
     mamba_d_head=8,
@@ -77,7 +82,7 @@ GDN = dict(
 )
 LT = dict(layer_types=["linear_attention", "full_attention", "linear_attention"])
 RWKV = dict(
-    **N,
+    **NO_PAD,
     context_length=64,
     hidden_size=32,
     num_hidden_layers=3,

@@ -1,4 +1,4 @@
-"""Build, save and boot the tiny models of `configs.py`: random weights, nothing accidentally 0 or 1.
+"""Build, save and boot the tiny models of `configs.py`: random weights, no 0 or 1 by accident.
 
     hf_model, folder = build("gemma2")     # the plain transformers model and its saved copy
     bridge = boot("gemma2")                # the same weights as a TransformerBridge
@@ -54,7 +54,7 @@ def _root() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def build(name: str) -> tuple[PreTrainedModel, Path]:
-    """The model in float32 and the folder that it was saved to, with a tokenizer of the words w0 ... w96.
+    """The model in float32 and the folder it was saved to, with a tokenizer of words w0 ... w96.
 
     The model is shared between callers: treat it as read-only, or take `hf_reference(name)`.
     """
@@ -64,8 +64,8 @@ def build(name: str) -> tuple[PreTrainedModel, Path]:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     perturb(model)
     if name == "gemma4_scalar":
-        # A buffer that multiplies the whole stream: 1 unless a checkpoint says otherwise.
-        for layer, scalar in zip(model.model.layers, LAYER_SCALARS):
+        # Buffers that multiply the whole stream: 1 unless a checkpoint says otherwise.
+        for layer, scalar in zip(model.model.layers, LAYER_SCALARS, strict=False):
             layer.layer_scalar.fill_(scalar)
     folder = Path(_root().name) / name
     model.config.architectures = [type(model).__name__]
@@ -76,7 +76,8 @@ def build(name: str) -> tuple[PreTrainedModel, Path]:
         path.write_text(
             json.dumps(json.loads(path.read_text()) | {"architectures": [ARCHITECTURE_NAME[name]]})
         )
-    return model, folder
+    # What loads is not always what was saved: Youtu zeroes the embedding of its padding token.
+    return _load(type(model), folder), folder
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -95,7 +96,11 @@ def boot(name: str, dtype: torch.dtype = torch.float32):
 
         model = native_reference(name).to(dtype)
         return build_bridge_from_module(
-            model, architecture="TransformerLensNative", tl_config=model.cfg, dtype=dtype, device="cpu"
+            model,
+            architecture="TransformerLensNative",
+            tl_config=model.cfg,
+            dtype=dtype,
+            device="cpu",
         )
     _, folder = build(name)
     return TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype)
@@ -104,11 +109,12 @@ def boot(name: str, dtype: torch.dtype = torch.float32):
 def hf_reference(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh copy of the plain `transformers` model, eager attention, in evaluation mode."""
     model, folder = build(name)
-    return (
-        type(model)
-        .from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=dtype)
-        .eval()
-    )
+    return _load(type(model), folder).to(dtype)
+
+
+def _load(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    return model_class.from_pretrained(folder, **eager).eval()
 
 
 def native_reference(name: str) -> torch.nn.Module:

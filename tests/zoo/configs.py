@@ -1,17 +1,18 @@
 """Tiny configurations of every decoder architecture that TransformerLens 4.3.0 knows, as data.
 
 `CONFIGS` maps a name to a `transformers` configuration class and its arguments: one line adds an
-architecture. Three layers, d_model 32, 4 heads (2 key/value heads where the class has them), 97 tokens.
-The first name of a class is a plain configuration; later ones (`llama_bias`, `gemma2_nocap`) vary one trait.
+architecture. Three layers, d_model 32, 4 heads (2 key/value heads where there are such), 97 tokens.
+The first name of a class is a plain configuration; later ones (`llama_bias`, `gemma2_nocap`) vary
+one trait.
 
-What is known to fail is data as well: `WITHOUT_ADAPTER`, `BOOT_FAILS`, `RUN_FAILS`, `BRIDGE_DIFFERS`.
+What is known to fail is data too: `WITHOUT_ADAPTER`, `BOOT_FAILS`, `RUN_FAILS`, `BRIDGE_DIFFERS`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.zoo.bases import D_VOCAB, BERT, LL, LLH, without
+from tests.zoo.bases import BERT, D_VOCAB, LL, LLH, without
 from tests.zoo.dense import DENSE
 from tests.zoo.sparse import SPARSE
 
@@ -29,7 +30,15 @@ CONFIGS = DENSE | SPARSE | WITHOUT_ADAPTER
 
 # TransformerLens's own models: arguments of a TransformerBridgeConfig.
 NATIVE_BASE = dict(
-    d_model=32, d_head=8, n_heads=4, n_layers=3, n_ctx=64, d_vocab=D_VOCAB, d_mlp=64, act_fn="gelu", seed=0
+    d_model=32,
+    d_head=8,
+    n_heads=4,
+    n_layers=3,
+    n_ctx=64,
+    d_vocab=D_VOCAB,
+    d_mlp=64,
+    act_fn="gelu",
+    seed=0,
 )
 NATIVE: dict[str, dict[str, Any]] = {
     "native_ln": NATIVE_BASE | dict(normalization_type="LN"),
@@ -55,8 +64,9 @@ BOOT_FAILS = {
     "gpt_bigcode_mha": "multi_query=True",
 }
 
-# The bridge boots; its forward pass raises (for granitemoehybrid, so does transformers' own).
+# The bridge boots, but maps a module that the model lacks (final norm, rotary embedding): its
+# forward pass raises. The transformers model runs.
 RUN_FAILS = ["granitemoehybrid", "granitemoehybrid_attn", "opt_postln", "opt_nofinal"]
 
-# The bridge's logits are not transformers' logits: attribution can only be exact for the bridge.
+# The bridge's logits are not those of transformers: attribution is exact for the bridge only.
 BRIDGE_DIFFERS = ["gpt2_scaleattn", "gpt2_noscale", "falcon_new_mq0", "falcon_new_mha"]

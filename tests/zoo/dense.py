@@ -1,27 +1,27 @@
-"""Configurations of the dense decoders: class name and arguments, one entry an architecture or variant."""
+"""Configurations of the dense decoders: class name and arguments, one entry each."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tests.zoo.bases import (
-    N,
-    I,
-    GPT2,
-    NEOX,
-    OPT,
-    BIGCODE,
-    MPT,
-    FALCON,
-    BLOOM,
     BERT,
+    BIGCODE,
+    BLOOM,
+    FALCON,
+    GEMMA4,
+    GPT2,
+    GRANITE,
+    IDS,
     LL,
     LLH,
     MHA,
-    GEMMA4,
-    GRANITE,
     MLA,
     MOE,
+    MPT,
+    NEOX,
+    NO_PAD,
+    OPT,
 )
 
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +30,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": (
         "GPTNeoConfig",
         dict(
-            **N,
+            **NO_PAD,
             hidden_size=32,
             num_layers=2,
             attention_types=[[["global", "local"], 1]],
@@ -82,7 +82,10 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_350m": ("OPTConfig", dict(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
     "opt_proj": ("OPTConfig", dict(**OPT, word_embed_proj_dim=16)),
     "opt_postln": ("OPTConfig", dict(**OPT, word_embed_proj_dim=32, do_layer_norm_before=False)),
-    "opt_nofinal": ("OPTConfig", dict(**OPT, word_embed_proj_dim=32, _remove_final_layer_norm=True)),
+    "opt_nofinal": (
+        "OPTConfig",
+        dict(**OPT, word_embed_proj_dim=32, _remove_final_layer_norm=True),
+    ),
     "opt_nobias": (
         "OPTConfig",
         dict(**OPT, word_embed_proj_dim=32, enable_bias=False, layer_norm_elementwise_affine=False),
@@ -117,7 +120,10 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         dict(**LL, use_parallel_residual=True, use_qkv_bias=True, qk_layernorm=True),
     ),
     "olmo_clip": ("OlmoConfig", dict(**LL, clip_qkv=0.5)),
-    "gemma2_nocap": ("Gemma2Config", dict(**LLH, final_logit_softcapping=None, attn_logit_softcapping=None)),
+    "gemma2_nocap": (
+        "Gemma2Config",
+        dict(**LLH, final_logit_softcapping=None, attn_logit_softcapping=None),
+    ),
     "gemma3_cap": ("Gemma3TextConfig", dict(**LLH, final_logit_softcapping=5.0)),
     "cohere_qkn": ("CohereConfig", dict(**LL, logit_scale=0.25, use_qk_norm=True)),
     "glm4_bias": ("Glm4Config", dict(**LLH, attention_bias=True)),
@@ -138,12 +144,20 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4Config", dict(**LLH, sliding_window=8)),
     "ernie4_5": ("Ernie4_5Config", LLH),
     "ernie4_5_bias": ("Ernie4_5Config", dict(**LLH, use_bias=True)),
-    "gemma4_text": ("Gemma4TextConfig", dict(**GEMMA4, global_head_dim=8, hidden_size_per_layer_input=0)),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        dict(**GEMMA4, global_head_dim=8, hidden_size_per_layer_input=0),
+    ),
     "gemma4_ple": (
         "Gemma4TextConfig",
-        dict(**GEMMA4, global_head_dim=8, hidden_size_per_layer_input=8, final_logit_softcapping=5.0),
+        dict(
+            **GEMMA4, global_head_dim=8, hidden_size_per_layer_input=8, final_logit_softcapping=5.0
+        ),
     ),
-    "gemma4_scalar": ("Gemma4TextConfig", dict(**GEMMA4, global_head_dim=8, hidden_size_per_layer_input=8)),
+    "gemma4_scalar": (
+        "Gemma4TextConfig",
+        dict(**GEMMA4, global_head_dim=8, hidden_size_per_layer_input=8),
+    ),
     "gemma4_moe": (
         "Gemma4TextConfig",
         dict(
@@ -158,7 +172,10 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_kvshare": (
         "Gemma4TextConfig",
         dict(
-            **(GEMMA4 | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)),
+            **(
+                GEMMA4
+                | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+            ),
             global_head_dim=16,
             hidden_size_per_layer_input=8,
             num_kv_shared_layers=2,
@@ -179,7 +196,14 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOssConfig", dict(**LLH, attention_out_bias=True)),
     "xglm": (
         "XGLMConfig",
-        dict(**I, d_model=32, ffn_dim=64, num_layers=3, attention_heads=4, max_position_embeddings=64),
+        dict(
+            **IDS,
+            d_model=32,
+            ffn_dim=64,
+            num_layers=3,
+            attention_heads=4,
+            max_position_embeddings=64,
+        ),
     ),
     "bert_lm": ("BertConfig", dict(**BERT, is_decoder=True)),
 }

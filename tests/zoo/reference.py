@@ -4,25 +4,33 @@ With the scale of every norm on the way held fixed, the logit is linear in what 
 
     logit = sum_c <g_c, c>  +  terms of norm and unembedding biases,      g_c = d logit / d c
 
-Here g_c comes from autograd on the plain torch module (`transformers`, or TransformerLens's own models), see
-`trace.py`; never from weights that this file would have to find, nor from TransformerLens's hooks. A
-multiplier or soft cap after the unembedding is held at its value, final logit / raw logit.
+Here g_c comes from autograd on the plain torch module (`transformers`, or TransformerLens's own
+models): see `trace.py`. It never comes from weights that this file would have to find, nor from
+TransformerLens's hooks. A multiplier or soft cap after the unembedding is held at its value, final
+logit / raw logit.
 
-`reference` asserts that the rows sum to the logit of the untouched model, to 1e-9 in float64. Rows are named
-as in the package, with one exception: `start` is the stream as block 0 receives it, all embedding rows
-together. `3_attn_out`, `3_mlp_out`, `L3H7`, `3_attn_bias`, `ln_final.b`, `b_U`; other sublayers by their
-module (`3_mamba_out`), and `3_ln_1.b` where a norm with a bias sits on the stream itself.
+`reference` asserts that the rows sum to the logit of the untouched model. Rows are named as in the
+package, with one exception: `start` is the stream as block 0 receives it, all embedding rows
+together. `3_attn_out`, `3_mlp_out`, `L3H7`, `3_attn_bias`, `ln_final.b`, `b_U`; other sublayers by
+their module (`3_mamba_out`), and `3_ln_1.b` where a norm with a bias sits on the stream itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tests.zoo.build import ANSWERS, INCORRECT, hf_reference, native_reference, tokens
+from tests.zoo.configs import NATIVE
+from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.trace import Float64, Trace, unembedding_of
+
+# Their forward pass asks for float32.
+FLOAT32_ONLY = ["gpt2_upcast", "gpt2_scaleattn", "moe"]
 
 # No linear readout, or no single stream: there is nothing exact to compare with.
 NO_REFERENCE = {
@@ -35,7 +43,7 @@ NO_REFERENCE = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Rows `[batch, pos]` by label. `components` sum to `logit`; so do `heads`, where there are any."""
+    """Rows `[batch, pos]` by label. `components` sum to `logit`; so do `heads`, if any."""
 
     components: dict[str, Tensor]
     heads: dict[str, Tensor]
@@ -51,7 +59,7 @@ def hf_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def component_rows(
     model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
 ) -> dict[str, Tensor]:
-    """What each sublayer, the embedding and the biases write to the logit (difference), each `[batch]`."""
+    """What sublayers, embedding and biases write to the logit (difference), each `[batch]`."""
     rows = reference(model, tokens, answer, incorrect).components
     return {label: row[:, pos] for label, row in rows.items()}
 
@@ -59,16 +67,18 @@ def component_rows(
 def head_rows(
     model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
 ) -> dict[str, Tensor]:
-    """The same with each attention row split by head; empty where attention is not a sum over heads."""
+    """The same with attention split by head; empty where attention is not a sum over heads."""
     rows = reference(model, tokens, answer, incorrect).heads
     return {label: row[:, pos] for label, row in rows.items()}
 
 
-def reference(model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None) -> Reference:
-    """Every row at every position. `answer` and `incorrect` are one token id per prompt, `[batch]`."""
+def reference(
+    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None
+) -> Reference:
+    """Every row at every position. `answer` and `incorrect`: a token id per prompt, `[batch]`."""
     model.requires_grad_(False)
     expected = _difference(hf_logits(model, tokens), answer, incorrect)
-    with _precision(model), Trace(model) as trace:
+    with torch.enable_grad(), _precision(model), Trace(model) as trace:
         logits = _logits(model(tokens))
         raw = trace.raw_logits
         transform = torch.where(raw == 0, 1.0, logits / raw).detach()
@@ -78,18 +88,31 @@ def reference(model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tenso
     components: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     for write in trace.writes:
-        if write.leaf.grad is None:  # nothing of it reaches the logits, except through a later sublayer
+        if write.leaf.grad is None:  # read by later sublayers only
             continue
         for rows, parts in (components, {}), (heads, write.parts):
             for label, value in (parts or {write.label: write.value}).items():
                 row = (write.leaf.grad * value).sum(-1).reshape(tokens.shape)
                 rows[label] = rows.get(label, 0) + row
     components = _without_zeros(components | {"b_U": bias_row})
-    heads = _without_zeros(heads | {"b_U": bias_row}) if trace.splits_heads else {}
+    heads = _without_zeros(heads | {"b_U": bias_row})
+    if not (trace.splits_heads and any(write.parts for write in trace.writes)):
+        heads = {}
     _assert_complete(components, expected)
     if heads:
         _assert_complete(heads, expected)
     return Reference(components, heads, expected)
+
+
+@functools.cache
+def zoo_reference(name: str) -> Reference:
+    """The reference of one model on the prompts and answers of the zoo, in float64 if it can."""
+    dtype = torch.float32 if name in FLOAT32_ONLY else torch.float64
+    if name in HOOKED:
+        model = hooked(name, dtype)
+    else:
+        model = native_reference(name) if name in NATIVE else hf_reference(name)
+    return reference(model.to(dtype), tokens(), ANSWERS, INCORRECT)
 
 
 def _difference(logits: Tensor, answer: Tensor, incorrect: Tensor | None) -> Tensor:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.zoo.bases import I, LL, LLH, MHA, GRANITE, MLA, MOE, MOE2, DSM, MAMBA, M2, GDN, LT, RWKV, without
+from tests.zoo.bases import (
+    DSM,
+    GDN,
+    GRANITE,
+    IDS,
+    LL,
+    LLH,
+    LT,
+    M2,
+    MAMBA,
+    MHA,
+    MLA,
+    MOE,
+    MOE2,
+    RWKV,
+    without,
+)
 
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     # mixtures of experts
@@ -83,7 +99,9 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4_moe": (
         "Glm4MoeConfig",
-        dict(**LL, **DSM, head_dim=8, first_k_dense_replace=1, use_qk_norm=True, attention_bias=True),
+        dict(
+            **LL, **DSM, head_dim=8, first_k_dense_replace=1, use_qk_norm=True, attention_bias=True
+        ),
     ),
     "glm4_moe_lite": (
         "Glm4MoeLiteConfig",
@@ -155,11 +173,27 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoehybrid_rope": (
         "GraniteMoeHybridConfig",
-        dict(**LL, **MOE, **M2, **LT, position_embedding_type="rope", shared_intermediate_size=16, **GRANITE),
+        dict(
+            **LL,
+            **MOE,
+            **M2,
+            **LT,
+            position_embedding_type="rope",
+            shared_intermediate_size=16,
+            **GRANITE,
+        ),
     ),
     "granitemoehybrid_nope": (
         "GraniteMoeHybridConfig",
-        dict(**LL, **MOE, **M2, **LT, position_embedding_type="nope", shared_intermediate_size=16, **GRANITE),
+        dict(
+            **LL,
+            **MOE,
+            **M2,
+            **LT,
+            position_embedding_type="nope",
+            shared_intermediate_size=16,
+            **GRANITE,
+        ),
     ),
     "granitemoehybrid_attn_rope": (
         "GraniteMoeHybridConfig",
@@ -281,7 +315,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": (
         "Zamba2Config",
         dict(
-            **I,
+            **IDS,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=4,
