@@ -344,6 +344,8 @@ class ModelReader:
             site = self.site(f"blocks.{layer}.{hook}")
             if site is None or site.name in seen:
                 continue
+            if kind == "mlp" and getattr(self.model.cfg, "attn_only", False):
+                continue  # HookedTransformer has the hook all the same
             if hook in ("moe.hook_out", "shared_mlp.hook_out") and any(
                 write.label.endswith("_mlp_out") for write in writes if write.kind == "mlp"
             ) and f"blocks.{layer}.hook_mlp_out" in self.hooks:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import IncompleteCacheError
+from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.model import ModelReader, Site
 from tl_dla.tokens import Positions, Prompts, Targets
 
@@ -92,6 +92,12 @@ def run(
         hooks = [(name, reader(name)) for name, site in sites.items() if site.hooked]
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         output = model(tokens, return_type="logits")
+    silent = [probe.site.name for probe in probes if probe.key not in values]
+    if silent:
+        raise UnsupportedModelError(
+            f"The model ran without firing {', '.join(silent[:3])}, which this unit reads;"
+            ' unit="component" may work.'
+        )
     if targets is None:
         return Recording(values)
     return Recording(values, seen["raw"], select(output, targets))
