@@ -54,7 +54,7 @@ def check_reference(name, has_heads):
     layers = {re.match(r"L(\d+)H", label)[1] for label in rows.heads if label.startswith("L")}
     for layer in layers:
         parts = [v for k, v in rows.heads.items() if re.match(rf"L{layer}H|{layer}_attn_bias", k)]
-        names = [f"{layer}_{row}" for row in ("attn_out", "mixer_out", "temporal_block_out")]
+        names = [f"{layer}_{row}" for row in ("attn_out", "mixer_out", "temporal_out")]
         [whole] = [rows.components[name] for name in names if name in rows.components]
         torch.testing.assert_close(sum(parts), whole, atol=tolerance, rtol=0)
 

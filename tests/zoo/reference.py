@@ -12,7 +12,7 @@ logit / raw logit.
 `reference` asserts that the rows sum to the logit of the untouched model. Rows are named as in the
 package, with one exception: `start` is the stream as block 0 receives it, all embedding rows
 together. `3_attn_out`, `3_mlp_out`, `L3H7`, `3_attn_bias`, `ln_final.b`, `b_U`; other sublayers by
-their module (`3_mamba_out`), and `3_ln_1.b` where a norm with a bias sits on the stream itself.
+their module (`3_mamba_out`), and `3_ln1.b` where a norm with a bias sits on the stream itself.
 """
 
 from __future__ import annotations
@@ -110,9 +110,11 @@ def zoo_reference(name: str) -> Reference:
     dtype = torch.float32 if name in FLOAT32_ONLY else torch.float64
     if name in HOOKED:
         model = hooked(name, dtype)
+    elif name in NATIVE:
+        model = native_reference(name).to(dtype)
     else:
-        model = native_reference(name) if name in NATIVE else hf_reference(name)
-    return reference(model.to(dtype), tokens(), ANSWERS, INCORRECT)
+        model = hf_reference(name, dtype)
+    return reference(model, tokens(), ANSWERS, INCORRECT)
 
 
 def _difference(logits: Tensor, answer: Tensor, incorrect: Tensor | None) -> Tensor:

@@ -23,13 +23,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-# The rows that TransformerLens has a name for; any other sublayer is named after its module.
+# What TransformerLens calls these modules; any other row is named after its own module.
 ROW_OF_MODULE = {
     **dict.fromkeys(("self_attn", "self_attention", "attn", "attention"), "attn_out"),
-    **dict.fromkeys(("mlp", "ffn", "feed_forward", "fc2"), "mlp_out"),
+    **dict.fromkeys(("mlp", "ffn", "feed_forward", "fc2", "mlp_block"), "mlp_out"),
     **dict.fromkeys(("block_sparse_moe", "experts"), "mlp_out"),
+    **dict.fromkeys(("input_layernorm", "self_attn_layer_norm", "ln_1"), "ln1.b"),
+    **dict.fromkeys(("post_attention_layernorm", "final_layer_norm", "ln_2"), "ln2.b"),
+    "mamba_decoder": "mamba_out",
+    "per_layer_projection": "per_layer_input_out",
+    "temporal_block": "temporal_out",
 }
-ROW_OF_CLASS = {"RwkvSelfAttention": "time_mix_out", "RwkvFeedForward": "channel_mix_out"}
+ROW_OF_CLASS = {
+    **dict.fromkeys(("BambaMixer", "JambaMambaMixer", "Zamba2MambaMixer"), "mixer_out"),
+    "GraniteMoeHybridMambaLayer": "mixer_out",
+    "GraniteMoeHybridMoE": "moe_out",
+    "OlmoHybridGatedDeltaNet": "attn_out",
+    "RwkvSelfAttention": "time_mix_out",
+    "RwkvFeedForward": "channel_mix_out",
+}
 
 # Modules that add the residual stream themselves: what they write is the output of a part of them.
 WRITER_WITHIN = {
@@ -86,7 +98,7 @@ class Trace:
         for index, layer in enumerate(layers):
             for name, child in layer.named_children():
                 if _is_norm(child):
-                    label = f"{index}_{name}.b"
+                    label = f"{index}_{ROW_OF_MODULE.get(name, f'{name}.b')}"
                     self._replace_output(child, partial(self._freeze_norm, child, label))
                 elif any(True for _ in child.parameters()):
                     self._cut_sublayer(child, index, name)
