@@ -8,5 +8,7 @@ from tl_dla.errors import TokenError as TokenError
 from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
 from tl_dla.readout import Readout as Readout
 from tl_dla.reconstruction import Reconstruction as Reconstruction
+from tl_dla.residual import ResidualStack as ResidualStack
+from tl_dla.residual import decompose as decompose
 from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
 from tl_dla.units import required_hooks as required_hooks

@@ -225,7 +225,7 @@ def certify(
 
     def tolerance(size: Tensor, final: Tensor, values: Tensor, gross: Tensor) -> Tensor:
         size, final = size * ratio.abs(), final * ratio.abs()
-        x = rounding(size, final, values, gross, weights, plan.dtype, d)
+        x = rounding(size, final, values, gross, weights, plan.reader.dtype, d)
         x = x if targets.candidates is not None else x.squeeze(-1)
         return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
 

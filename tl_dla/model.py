@@ -117,6 +117,11 @@ class StreamNorm:
     norm: Norm
     layer: int
 
+    @property
+    def label(self) -> str:
+        """The row of its β: `3_ln1.b`."""
+        return f"{self.norm.name.removeprefix('blocks.').replace('.', '_')}.b"
+
 
 @dataclass(frozen=True, eq=False)
 class Point:
@@ -232,6 +237,11 @@ class ModelReader:
             or getattr(cfg, "model_name", None)
             or type(self.model).__name__
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in, whose rounding the stream carries."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def n_layers(self) -> int:

@@ -17,6 +17,7 @@ Folded weights are the special case γ = 1, β = 0. Frozen scales are the conven
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,10 +49,10 @@ class Readout:
     norms: tuple[Norm, ...] = ()
     scale: Float[Tensor, "..."] | None = None
 
-    def of(self, stack: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-        """What vectors at this place write to the logit, in logits: `[row, *lead, d]` to
-        `[row, *lead]`."""
-        stack = stack.to(self.direction.dtype)
+    def of(self, stack: Any) -> Float[Tensor, "..."]:
+        """What vectors at this place write to the logit, in logits: `[row, *lead, d]`, or a
+        `ResidualStack`, to `[row, *lead]`."""
+        stack = getattr(stack, "vectors", stack).to(self.direction.dtype)
         value = (stack * self.direction).sum(-1)
         return value if self.scale is None else value / self.scale
 

@@ -132,7 +132,7 @@ class Plan:
                 probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
             if not embedded and (isinstance(step, Point) or step.label == "embed"):
                 embedded = isinstance(step, Point)  # to see whether the stream is the embedding
-                probes.append(Probe(f"vector {step.label}", step.site, _upcast))
+                probes.append(Probe(f"vector {step.label}", step.site, upcast))
         for attention, output, heads in self.attention:
             norms.update({norm.name: norm for norm in output.norms})
             n_heads = attention.W_O.shape[0]
@@ -168,8 +168,7 @@ class Plan:
                 additions += 2
                 if step.norm.beta is not None:
                     value = scaled(readout.of_bias(step.norm.beta), readout)
-                    label = f"{step.norm.name.removeprefix('blocks.').replace('.', '_')}.b"
-                    pending.append(Row(label, "bias", step.layer, value))
+                    pending.append(Row(step.label, "bias", step.layer, value))
             elif isinstance(step, Rescale):
                 additions += 1
             else:
@@ -210,9 +209,10 @@ class Plan:
         if before is not None:
             explained = explained + before
         rest = after - explained
-        if before is None and _is_rescaled_embedding(rows, values, point):
-            return [Row("embed", "embed", None, after)]
-        eps = torch.finfo(self.dtype).eps
+        if before is None and [row.label for row in rows] == ["embed"]:
+            if is_rescaled_embedding(values["vector embed"], values[f"vector {point.label}"]):
+                return [Row("embed", "embed", None, after)]
+        eps = torch.finfo(self.reader.dtype).eps
         rounding = 6 * eps * 12**-0.5 * size * max(additions, 1) ** 0.5
         gross = sum((row.value.abs() for row in rows), after.abs())
         rounding = rounding + 4 * max(torch.finfo(after.dtype).eps, 0.0) * (
@@ -223,11 +223,6 @@ class Plan:
         layer = None if before is None else point.layer - 1
         label = "embed_rest" if layer is None else f"{layer}_rest"
         return [*rows, Row(label, "rest", layer, rest)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in, whose rounding the stream carries."""
-        return next(p.dtype for p in self.reader.model.parameters() if p.is_floating_point())
 
     def _biases(self, shape: torch.Size, like: Tensor) -> list[Row]:
         rows = []
@@ -316,7 +311,7 @@ def magnitude(readout: Readout) -> Callable[[Tensor], Tensor]:
     squared = Readout(readout.direction.square())
 
     def read(x: Tensor) -> Tensor:
-        return squared.contract(_upcast(x).square()).sqrt()
+        return squared.contract(upcast(x).square()).sqrt()
 
     return read
 
@@ -329,19 +324,18 @@ def _heads(readout: Readout, n_heads: int) -> Callable[[Tensor], Tensor]:
 
 
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:
-    return lambda seen: norm.scale(_upcast(seen))
+    return lambda seen: norm.scale(upcast(seen))
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _is_rescaled_embedding(rows: list[Row], values: dict[str, Tensor], point: Point) -> bool:
+def is_rescaled_embedding(
+    embed: Float[Tensor, "batch pos d_model"], start: Float[Tensor, "batch pos d_model"]
+) -> bool:
     """Whether the stream starts as the token embedding times a number at each position (an
     embedding multiplier, or a norm without weights), seen in the vectors themselves."""
-    embed, start = values.get("vector embed"), values.get(f"vector {point.label}")
-    if [row.label for row in rows] != ["embed"] or embed is None or start is None:
-        return False
     ratio = (start * embed).sum(-1, keepdim=True) / embed.square().sum(-1, keepdim=True)
     miss = (start - ratio * embed).norm(dim=-1)
     return bool((miss <= 0.02 * start.norm(dim=-1)).all())
