@@ -277,6 +277,10 @@ class ModelReader:
         weight = None if project_out is None else parameter(unwrap(project_out), "weight")
         return Stream(tuple(steps), norm, weight)
 
+    def shows_final_stream(self, point: Point) -> bool:
+        """Whether nothing can lie between the last block and this sight of the stream."""
+        return point.site.name.endswith(("ln_final.hook_in", "hook_resid_post", "hook_out"))
+
     def _embeddings(self) -> list[Step]:
         steps: list[Step] = []
         embed = self.site("project_in.hook_out") or self.site("hook_embed")

@@ -60,12 +60,14 @@ def run(
             if isinstance(activation, tuple):
                 activation = activation[0]
             x = _batched(activation, *tokens.shape)
-            taken = None
+            taken: Tensor | None = None
             for probe in by_site[name]:
                 if probe.whole:
                     values[probe.key] = probe.read(x)
                 else:
-                    taken = positions.take(x) if taken is None else taken
+                    # The unembedding sees only these positions already.
+                    if taken is None:
+                        taken = x if name.startswith("unembed.") else positions.take(x)
                     values[probe.key] = probe.read(taken)
 
         return read
@@ -121,8 +123,13 @@ def recall(
     if missing:
         listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" * (len(missing) > 6))
         raise IncompleteCacheError(
-            f"The cache lacks {listed}: run the model with"
-            " names_filter=required_hooks(model, unit), or give the input in place of the cache."
+            f"The cache lacks {listed}: "
+            + (
+                "run the model with names_filter=required_hooks(model, unit), or give the input in"
+                " place of the cache."
+                if all(by_site[name][0].site.hooked for name in missing)
+                else "this model shows them at no hook, so give the input in place of the cache."
+            )
         )
     values: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model import Kind, ModelReader, Norm, Point, Rescale, StreamNorm, Write
+from tl_dla.model import Attention, Kind, ModelReader, Norm, Point, Rescale, StreamNorm, Write
 from tl_dla.recording import Probe, cache_shape, recall
 from tl_dla.tokens import Prompts, read_positions
 from tl_dla.units import Unit, is_rescaled_embedding, require_unit, upcast
@@ -152,7 +152,7 @@ def walk(
             if (attention := attentions.get(step.label)) is None:
                 rows.append(Vector(step.label, step.kind, step.layer, value))
             else:
-                rows += head_vectors(attention, seen, value)
+                rows += head_vectors(attention, seen, step.factor)
         elif isinstance(step, Point):
             sight = seen[step.label]
             points.append(Vector(step.label, "residual", step.layer, sight))
@@ -180,10 +180,10 @@ def walk(
 
 
 def head_vectors(
-    attention: Any, seen: Mapping[str, Tensor], written: Float[Tensor, "batch pos d_model"]
+    attention: Attention, seen: Mapping[str, Tensor], factor: float
 ) -> list[Vector]:
-    """Each head through W_O and the norm that follows, and what is left of the layer's write: its
-    output bias."""
+    """Each head through W_O, the norm that follows and the block's multiplier; and the output bias
+    likewise."""
     layer, W_O = attention.layer, attention.W_O
     z = seen[f"z {layer}"].flatten(2).unflatten(2, (W_O.shape[0], -1))
     heads = torch.einsum("bphk,hkd->hbpd", z, W_O.to(z)) * attention.factor
@@ -194,6 +194,7 @@ def head_vectors(
         scale = seen[norm.name]
         heads, constant = (through(norm, v, scale) for v in (heads, constant))
         constant = constant if norm.beta is None else constant + norm.beta.to(z)
+    heads, constant = heads * factor, constant * factor
     rows = [Vector(f"L{layer}H{h}", "head", layer, v) for h, v in enumerate(heads)]
     if bool(constant.any()):
         rows.append(Vector(f"{layer}_attn_bias", "bias", layer, constant))
@@ -222,7 +223,7 @@ def _in_order(rows: list[Vector]) -> list[Vector]:
     return heads + [row for row in rows if row.kind != "head"]
 
 
-def _attentions(reader: ModelReader) -> list[Any]:
+def _attentions(reader: ModelReader) -> list[Attention]:
     found = (reader.attention(layer) for layer in range(reader.n_layers))
     return [attention for attention in found if attention is not None]
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import ArgumentError
+from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.model import (
     Attention,
     Kind,
@@ -115,6 +115,11 @@ class Plan:
                 if attention is not None:
                     output = attention_output(attention, readout)
                     found.append((attention, output, output.through_linear(attention.W_O)))
+        if not found:
+            raise UnsupportedModelError(
+                f"{self.reader.architecture} has no attention layer that writes to the residual"
+                ' stream, so it has no head rows; unit="component" and unit="layer" work.'
+            )
         return found
 
     def _probes(self) -> list[Probe]:
@@ -220,6 +225,11 @@ class Plan:
         )
         if bool((rest.abs() <= rounding).all()):
             return rows
+        if point.label == "final_post" and not self.reader.shows_final_stream(point):
+            raise UnsupportedModelError(
+                f"{self.reader.architecture} does something to the residual stream between its last"
+                f" block and {point.site.name} that is not understood; no unit works on it."
+            )
         layer = None if before is None else point.layer - 1
         label = "embed_rest" if layer is None else f"{layer}_rest"
         return [*rows, Row(label, "rest", layer, rest)]
