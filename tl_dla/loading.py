@@ -120,8 +120,12 @@ def load_model(
 def _load_demo(device: str | torch.device | None, dtype: torch.dtype) -> Any:
     from tl_dla import demo
 
-    load = demo.load_hooked if _has_hooked_transformer() else demo.load_bridge
-    return load(device=device, dtype=dtype)
+    if not _has_hooked_transformer():
+        return _boot(str(demo.FOLDER), device, dtype)
+    from transformer_lens.utilities.devices import get_device
+
+    model = demo.load_hooked().to(dtype, print_details=False)
+    return model.to(device or get_device(), print_details=False)
 
 
 def _has_hooked_transformer() -> bool:
