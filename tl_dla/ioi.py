@@ -67,10 +67,13 @@ def ioi_prompts(
     `datasets.Dataset.from_list` takes the result as it is.
 
     >>> from tl_dla.loading import load_model
-    >>> abba, baba = ioi_prompts(load_model("demo"), 2, names=["Mary", "John"], templates=[
-    ...     "When {first} and {second} went home, {subject} gave a {thing} to"])
-    >>> abba["prompt"], abba["answer"]
-    >>> baba["prompt"], baba["answer"]
+    >>> template = "When {first} and {second} went home, {subject} sang for"
+    >>> for prompt in ioi_prompts(
+    ...     load_model("demo"), 2, names=["Mary", "John"], templates=[template]
+    ... ):
+    ...     prompt["group"], prompt["prompt"], prompt["answer"]
+    ('ABBA', 'When John and Mary went home, Mary sang for', ' John')
+    ('BABA', 'When Mary and John went home, Mary sang for', ' John')
 
     Args:
         tokenizer_or_model: its tokenizer decides which names are single tokens.

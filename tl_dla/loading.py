@@ -10,8 +10,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import metadata, util
@@ -124,19 +124,27 @@ def _load_demo(device: str | torch.device | None, dtype: torch.dtype) -> Any:
         return _boot(str(demo.FOLDER), device, dtype)
     from transformer_lens.utilities.devices import get_device
 
-    model = demo.load_hooked().to(dtype, print_details=False)
-    return model.to(device or get_device(), print_details=False)
+    with _quietly():
+        return demo.load_hooked().to(dtype).to(device or get_device())
 
 
 def _has_hooked_transformer() -> bool:
     return "HookedTransformer" in transformer_lens.__all__  # 4.x raises when asked for the name
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what 3.x prints on stdout, nor its warnings that 4.x has no HookedTransformer."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
+        yield
+
+
 def _boot(
     source: str, device: str | torch.device | None, dtype: torch.dtype, *, hub_id: str = ""
 ) -> Any:
     """The model at `source`, a folder or a hub id; TransformerLens 3 may know it as `hub_id`."""
-    with redirect_stdout(sys.stderr):  # TransformerLens 3 announces each model on stdout
+    with _quietly():
         if _has_hooked_transformer() and _is_known_to_hooked_transformer(hub_id):
             return _boot_hooked(source, device, dtype, hub_id)
         return TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
@@ -155,11 +163,9 @@ def _boot_hooked(
     if source != hub_id:
         local["hf_model"] = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         local["tokenizer"] = transformers.AutoTokenizer.from_pretrained(source)
-    with warnings.catch_warnings():  # 3.x says that 4.x has no such class: here it is wanted
-        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
-        return transformer_lens.HookedTransformer.from_pretrained_no_processing(
-            hub_id, device=device, dtype=dtype, **local
-        )
+    return transformer_lens.HookedTransformer.from_pretrained_no_processing(
+        hub_id, device=device, dtype=dtype, **local
+    )
 
 
 def _installed_parts(name: str, package: _Package) -> list[Path]:
