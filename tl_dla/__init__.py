@@ -6,6 +6,8 @@ from tl_dla.errors import ReconstructionError as ReconstructionError
 from tl_dla.errors import TlDlaError as TlDlaError
 from tl_dla.errors import TokenError as TokenError
 from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
+from tl_dla.lens import LogitLens as LogitLens
+from tl_dla.lens import logit_lens as logit_lens
 from tl_dla.readout import Readout as Readout
 from tl_dla.reconstruction import Reconstruction as Reconstruction
 from tl_dla.residual import ResidualStack as ResidualStack

@@ -114,7 +114,7 @@ def direct_logit_attribution(
     targets = read_targets(
         model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
     )
-    _require_eval(model)
+    require_eval(model)
     plan = make_plan(reader, targets, unit, include_bias)
     if cache is None:
         seen = run(model, prompts, positions, plan.probes, targets)
@@ -305,7 +305,8 @@ def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) ->
     return prompts
 
 
-def _require_eval(model: Any) -> None:
+def require_eval(model: Any) -> None:
+    """Raise unless every module is in evaluation mode."""
     for name, module in model.named_modules():
         if module.training:
             raise ArgumentError(

@@ -281,6 +281,11 @@ class ModelReader:
         """Whether nothing can lie between the last block and this sight of the stream."""
         return point.site.name.endswith(("ln_final.hook_in", "hook_resid_post", "hook_out"))
 
+    def last_block(self) -> Site:
+        """What the last block returns, as a module's output."""
+        name = f"blocks.{self.n_layers - 1}"
+        return Site(name, unwrap(self.model.blocks[self.n_layers - 1]))
+
     def _embeddings(self) -> list[Step]:
         steps: list[Step] = []
         embed = self.site("project_in.hook_out") or self.site("hook_embed")

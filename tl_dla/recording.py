@@ -57,7 +57,7 @@ def run(
 
     def reader(name: str) -> Callable[..., None]:
         def read(activation: Any, **_: Any) -> None:
-            if isinstance(activation, tuple):
+            if isinstance(activation, tuple | list):
                 activation = activation[0]
             x = _batched(activation, *tokens.shape)
             taken: Tensor | None = None
