@@ -7,6 +7,7 @@ rows that no component writes: `ln_final.b` = β · u and `b_U`. In logits. A ro
 wrote *directly*: nothing about what later parts made of it, nor what removing it would do.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from tl_dla.tokens import (
     read_prompts,
     read_targets,
 )
-from tl_dla.units import Plan, Rows, Unit, require_unit
+from tl_dla.units import Plan, Row, Unit, require_unit
 
 _CAUSE = (
     "The likeliest causes: a hook of yours changes activations between the places that are read,"
@@ -171,35 +172,55 @@ def assemble(
     ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw)
     weights = targets.weights.to(ratio)
 
-    def combined(value: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
-        x = (value * ratio) @ weights.mT
-        x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
-        x = x if targets.candidates is not None else x.squeeze(-1)
-        return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
+    def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
+        return shaped(tokens @ weights.mT, targets, positions)
 
-    attribution = torch.stack([combined(row.value) for row in rows.rows])
-    reconstruction = certify(plan, rows, attribution, logits, ratio, combined, targets, positions)
-    if from_cache:
-        reconstruction = Reconstruction(
-            reconstruction.expected,
-            reconstruction.reconstructed,
-            reconstruction.tolerance,
-            "the cache's final residual stream, read out",
-            reconstruction.parts,
-        )
+    attribution = torch.stack([added(row.value * ratio) for row in rows.rows])
+    expected = added(logits)
+    if not plan.include_bias:
+        for bias in (plan.final_beta, plan.b_U):
+            expected = expected if bias is None else expected - added(bias.to(ratio) * ratio)
+    kept = [i for i, row in enumerate(rows.rows) if plan.unit != "layer" or _ends_there(row)]
+
+    def explained(
+        size: Float[Tensor, "batch pos token"],
+        final: Float[Tensor, "batch pos token"],
+        values: Float[Tensor, "batch pos token"],
+        gross: Float[Tensor, "batch pos token"],
+    ) -> Float[Tensor, "..."]:
+        scale, d = ratio.abs(), plan.logit.direction.shape[-1]
+        gross = (gross * scale).sum(-1)
+        dtype = plan.reader.dtype
+        tolerance = rounding(size * scale, final * scale, values, gross, weights, dtype, d)
+        return shaped(tolerance, targets, positions)
+
+    gross = torch.stack([rows.rows[i].value.abs() for i in kept]).sum(0)
+    reconstruction = Reconstruction(
+        expected,
+        attribution[kept].sum(0),
+        explained(rows.magnitude, rows.final, logits, gross),
+        "the cache's final residual stream, read out" if from_cache else "the model's own logit",
+        {
+            f"{part.parts_are} of {part.label}": Reconstruction(
+                added(part.value * ratio),
+                added(part.parts * ratio),
+                explained(2 * part.magnitude, part.magnitude, part.value * 0, part.gross),
+                f"row {part.label}",
+            )
+            for part in rows.refined
+        },
+    )
     if check == "raise":
         reconstruction.require(_CAUSE)
     elif check == "warn" and not reconstruction.passed:
-        import warnings
-
-        warnings.warn(str(reconstruction), stacklevel=3)
+        warnings.warn(f"{reconstruction}. {_CAUSE}", stacklevel=3)
     return DirectLogitAttribution(
         attribution=attribution,
         labels=[row.label for row in rows.rows],
         kinds=[row.kind for row in rows.rows],
         layers=[row.layer for row in rows.rows],
         unit=plan.unit,
-        logit=reconstruction.expected,
+        logit=expected,
         reconstruction=reconstruction,
         plan=plan,
         seen=seen,
@@ -210,66 +231,18 @@ def assemble(
     )
 
 
-def certify(
-    plan: Plan,
-    rows: Rows,
-    attribution: Tensor,
-    logits: Tensor,
-    ratio: Tensor,
-    combined: Any,
-    targets: Targets,
-    positions: Positions,
-) -> Reconstruction:
-    """The rows against the model's logit, and the refined rows against what they refine."""
-    weights, d = targets.weights.to(ratio), plan.logit.direction.shape[-1]
-
-    def tolerance(size: Tensor, final: Tensor, values: Tensor, gross: Tensor) -> Tensor:
-        size, final = size * ratio.abs(), final * ratio.abs()
-        x = rounding(size, final, values, gross, weights, plan.reader.dtype, d)
-        x = x if targets.candidates is not None else x.squeeze(-1)
-        return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
-
-    summed = [
-        i
-        for i, row in enumerate(rows.rows)
-        if plan.unit != "layer" or row.kind == "bias" or row.label == "final_post"
-    ]
-    reconstructed = attribution[summed].sum(0)
-    expected = combined_logits(logits, weights, targets, positions)
-    if not plan.include_bias:
-        missing = [b for b in (plan.final_beta, plan.b_U) if b is not None]
-        for bias in missing:
-            expected = expected - combined(bias.to(ratio).expand_as(ratio))
-    gross = sum(row.value.abs() for row in rows.rows) if plan.unit != "layer" else rows.final
-    gross = (gross * ratio.abs()).sum(-1, keepdim=True).expand(*ratio.shape[:2], len(weights))
-    parts = {}
-    for refined in rows.refined:
-        part_gross = refined.rows[..., None].expand_as(gross)
-        parts[f"the heads of {refined.label}"] = Reconstruction(
-            combined(refined.value),
-            combined(refined.parts),
-            tolerance(2 * refined.magnitude, refined.magnitude, refined.value * 0, part_gross),
-            f"row {refined.label}",
-        )
-    return Reconstruction(
-        expected,
-        reconstructed,
-        tolerance(rows.magnitude, rows.final, logits, gross),
-        parts=parts,
-    )
-
-
-def combined_logits(
-    logits: Float[Tensor, "batch pos token"],
-    weights: Float[Tensor, "candidate token"],
-    targets: Targets,
-    positions: Positions,
+def shaped(
+    x: Float[Tensor, "*row batch pos candidate"], targets: Targets, positions: Positions
 ) -> Float[Tensor, "..."]:
-    """The model's own logit (difference) at each position, NaN where a prompt has none."""
-    x = logits @ weights.mT
+    """As a result shows it: NaN where a prompt has no such position, and only the axes asked for."""
     x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
-    x = x if targets.candidates is not None else x.squeeze(-1)
-    return positions.squeeze(x, x.ndim - (2 if targets.candidates is not None else 1))
+    x = x.squeeze(-2) if positions.single else x
+    return x if targets.candidates is not None else x.squeeze(-1)
+
+
+def _ends_there(row: Row) -> bool:
+    """Whether a row of the `layer` unit is one of those that add up to the logit."""
+    return row.kind == "bias" or row.label == "final_post"
 
 
 def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -114,14 +114,14 @@ class Reconstruction:
 
 
 def rounding(
-    magnitude: Float[Tensor, "*batch token"],
-    final: Float[Tensor, "*batch token"],
-    logits: Float[Tensor, "*batch token"],
-    rows: Float[Tensor, "*batch"],
-    weights: Float[Tensor, "*candidate token"],
+    magnitude: Float[Tensor, "batch pos token"],
+    final: Float[Tensor, "batch pos token"],
+    logits: Float[Tensor, "batch pos token"],
+    rows: Float[Tensor, "batch pos"],
+    weights: Float[Tensor, "candidate token"],
     dtype: torch.dtype,
     d: int,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, "batch pos candidate"]:
     """What rounding can explain, by the derivation in this module's docstring.
 
     Args:
@@ -137,7 +137,5 @@ def rounding(
     eps_compute = min(eps, torch.finfo(torch.float32).eps)
     forward = eps * _UNIFORM * (magnitude.square() + 2 * final.square() + logits.square()).sqrt()
     dots = eps_compute * d**0.5 * final
-    per_token = (forward.square() + dots.square()).sqrt()
-    combined = (per_token.square() @ weights.to(per_token).square().mT).sqrt()
-    combined = combined if rows.ndim == combined.ndim else combined.squeeze(-1)
-    return SIGMAS * combined + eps_compute * rows
+    variance = (forward.square() + dots.square()) @ weights.to(forward).square().mT
+    return SIGMAS * variance.sqrt() + eps_compute * rows[..., None]

@@ -146,13 +146,12 @@ def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
     if pad is None or batch == 1:
         return whole
     real = tokens != pad
-    any_real = real.any(-1)
-    start = torch.where(any_real, real.int().argmax(-1), 0)
-    after = torch.where(any_real, real.flip(-1).int().argmax(-1), 0)
+    start, after = real.int().argmax(-1), real.flip(-1).int().argmax(-1)
     if pad == tokenizer.bos_token_id:  # the padding that touches a prompt is its BOS
         start = (start - 1).clamp(min=0)
-    if bool((start > 0).any()) and bool((after > 0).any()):
-        after = torch.where(start > 0, 0, after)
+    # The longest prompt has no padding: what every row starts or ends with is its own.
+    start, after = start - start.min(), after - after.min()
+    after = torch.where(start > 0, 0, after)
     return Prompts(tokens, start, pos - start - after)
 
 
@@ -202,7 +201,7 @@ class Positions:
     every: bool
 
     def take(
-        self, x: Float[Tensor, "batch ..."], start: Int[Tensor, " batch"] | None = None
+        self, x: Float[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         """The activations `[batch, pos, …]` at these positions; `start` says where the prompts
         begin in their layout."""

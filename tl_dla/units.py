@@ -50,12 +50,16 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """A row that others split: their sum must be its value."""
+    """A row that others split: the sum of the parts must be its value.
+
+    `gross` is the sum of the parts' absolute values, `magnitude` ‖x ⊙ w‖/s of what is split.
+    """
 
     label: str
+    parts_are: str
     value: Float[Tensor, "batch pos token"]
     parts: Float[Tensor, "batch pos token"]
-    rows: Float[Tensor, "batch pos"]
+    gross: Float[Tensor, "batch pos token"]
     magnitude: Float[Tensor, "batch pos token"]
 
 
@@ -248,12 +252,12 @@ class Plan:
         for attention, output, heads in self.attention:
             label = f"{attention.layer}_attn_out"
             parts = scaled(values[f"heads {attention.layer}"].sum(-1), heads)
-            rows = self._head_values(attention, heads, values, scaled).abs().sum((0, -1))
+            gross = self._head_values(attention, heads, values, scaled).abs().sum(0)
             if (bias := self._attention_bias(attention, output, readouts[label], scaled)) is not None:
                 parts = parts + bias
-                rows = rows + bias.abs().sum(-1)
+                gross = gross + bias.abs()
             size = scaled(values[f"|{label}|"], readouts[label]).abs()
-            refined.append(Refined(label, parents[label], parts, rows, size))
+            refined.append(Refined(label, "the heads", parents[label], parts, gross, size))
         return refined
 
     def _head_values(

@@ -27,6 +27,18 @@ WITHOUT_ADAPTER: dict[str, tuple[str, dict[str, Any]]] = {
 
 CONFIGS = DENSE | SPARSE | WITHOUT_ADAPTER
 
+# Configurations that vary one trait of a class; the others are one realistic configuration a class.
+VARIANTS = """
+phi gpt2_scaleattn gpt2_invlayer gpt2_noscale gpt2_upcast gpt2_noninner gpt_neox_seq opt_350m
+opt_proj opt_postln opt_nofinal opt_nobias bloom_resid falcon_new falcon_new_mq0 falcon_new_mha
+falcon_seq llama_bias llama_tied gemma3_bias olmo2_bias granite_bias granite_noscale phi_qkln
+stablelm_par olmo_clip gemma2_nocap gemma3_cap cohere_qkn glm4_bias arcee_bias nanochat_nocap
+ernie4_5_bias gemma4_text gemma4_ple gemma4_moe gemma4_kvshare gpt_bigcode_mha mpt_bias
+mpt_logitscale nemotron_bias granitemoehybrid granitemoehybrid_attn granitemoehybrid_rope
+granitemoehybrid_attn_rope rwkv
+""".split()
+CLASSES = [name for name in CONFIGS if name not in {*VARIANTS, *WITHOUT_ADAPTER}]
+
 
 # TransformerLens's own models: arguments of a TransformerBridgeConfig.
 NATIVE_BASE = dict(
