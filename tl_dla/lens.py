@@ -108,7 +108,7 @@ class LogitLens:
     @property
     def tokens(self) -> list[list[str]]:
         """The prompts' tokens at the positions read, `[batch][pos]`."""
-        ids = self.positions.take(self.prompts.packed)
+        ids = self.prompts.packed.gather(1, self.positions.index)
         return self._strings(torch.where(self.positions.valid.to(ids.device), ids, -1))
 
     def _strings(self, ids: Int[Tensor, "..."]) -> list[Any]:
