@@ -1,0 +1,191 @@
+"""Chromium without a window or a network, spoken to over its own pipe: no driver, no package.
+
+    with Browser() as browser:
+        page = browser.open(path_of_an_html_file)
+        page.evaluate("document.title")
+        page.errors, page.requests     # what the console complained of, what was asked of a network
+
+The protocol is Chrome's DevTools protocol: JSON messages, each closed by a zero byte.
+"""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    " --disable-background-networking --disable-component-update --hide-scrollbars"
+    " --remote-debugging-pipe --force-color-profile=srgb"
+).split()
+LIMIT_S = 120.0
+
+
+class Browser:
+    """One Chromium with a profile of its own, closed and removed at the end."""
+
+    def __enter__(self) -> "Browser":
+        assert CHROMIUM is not None
+        self._profile = tempfile.TemporaryDirectory(prefix="tl_dla_chromium_")
+        ours_in, theirs_out = os.pipe()
+        theirs_in, ours_out = os.pipe()
+        # Chromium reads descriptor 3 and writes descriptor 4.
+        shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        arguments = [CHROMIUM, *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, "bash", *arguments],
+            pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._read, self._write = ours_in, ours_out
+        self._buffer, self._next = b"", 0
+        self.events: list[dict[str, Any]] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.send("Browser.close")
+            self._process.wait(20)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._read)
+            os.close(self._write)
+            self._profile.cleanup()
+
+    def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer; events that arrive before it are kept."""
+        self._next += 1
+        message: dict[str, Any] = {"id": self._next, "method": method, "params": params}
+        if session is not None:
+            message["sessionId"] = session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            answer = self._receive(deadline)
+            if answer.get("id") == self._next:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError("Chromium did not answer.")
+            chunk = os.read(self._read, 1 << 20)
+            if not chunk:
+                raise RuntimeError("Chromium ended.")
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(
+        self, path: Path | str, *, width: int = 1100, height: int = 900, dark: bool = False
+    ) -> "Page":
+        """Open a file with the network off, and wait until it has loaded and drawn."""
+        return Page(self, Path(path).resolve().as_uri(), width, height, dark)
+
+
+class Page:
+    """A tab. Nothing but the file itself may be loaded."""
+
+    def __init__(self, browser: Browser, url: str, width: int, height: int, dark: bool) -> None:
+        self._browser, self._url, self._width = browser, url, width
+        target = browser.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+        offline = dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        self.send("Network.emulateNetworkConditions", **offline)
+        self.size(width, height)
+        self.theme(dark)
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        return self._browser.send(method, self._session, **params)
+
+    def evaluate(self, script: str) -> Any:
+        """The value of a JavaScript expression; promises are awaited."""
+        answer = self.send(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        if "exceptionDetails" in answer:
+            raise RuntimeError(str(answer["exceptionDetails"].get("exception", answer)))
+        return answer["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript condition holds."""
+        deadline = time.monotonic() + LIMIT_S
+        while not self.evaluate(condition):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The page never came to {condition}")
+            time.sleep(0.05)
+
+    def count(self, selector: str) -> int:
+        """How many elements a CSS selector finds."""
+        return int(self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length"))
+
+    def size(self, width: int, height: int) -> None:
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+
+    def theme(self, dark: bool) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+
+    def screenshot(self, path: Path | str, *, whole: bool = True) -> None:
+        """A PNG of the page, as long as it is."""
+        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        Path(path).write_bytes(base64.b64decode(answer["data"]))
+
+    def pdf(self, path: Path | str) -> None:
+        """The page as printed."""
+        data = self.send("Page.printToPDF", printBackground=True)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
+
+    def _events(self, method: str) -> list[dict[str, Any]]:
+        return [
+            event["params"]
+            for event in self._browser.events
+            if event.get("sessionId") == self._session and event["method"] == method
+        ]
+
+    @property
+    def errors(self) -> list[str]:
+        """What the console reported as an error or a warning, exceptions included."""
+        self.evaluate("1")  # lets pending events arrive
+        found = [str(event["exceptionDetails"]) for event in self._events("Runtime.exceptionThrown")]
+        for event in self._events("Runtime.consoleAPICalled"):
+            if event["type"] in ("error", "warning", "assert"):
+                found.append(" ".join(str(a.get("value", a)) for a in event["args"]))
+        for event in self._events("Log.entryAdded"):
+            if event["entry"]["level"] in ("error", "warning"):
+                found.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
+        return found
+
+    @property
+    def requests(self) -> list[str]:
+        """Every address asked for, other than the file itself and what it carries."""
+        self.evaluate("1")
+        asked = [event["request"]["url"] for event in self._events("Network.requestWillBeSent")]
+        return [u for u in asked if u != self._url and not u.startswith(("data:", "blob:"))]
