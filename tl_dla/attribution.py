@@ -190,10 +190,10 @@ def assemble(
     ) -> Float[Tensor, "..."]:
         scale, d = ratio.abs(), plan.logit.direction.shape[-1]
         gross = (gross * scale).sum(-1)
-        dtype = plan.reader.dtype
-        tolerance = rounding(size * scale, final * scale, values, gross, weights, dtype, d)
+        tolerance = rounding(size * scale, final * scale, values, gross, weights, eps, d)
         return shaped(tolerance, targets, positions)
 
+    eps = max(plan.reader.eps, seen.eps)
     gross = torch.stack([rows.rows[i].value.abs() for i in kept]).sum(0)
     reconstruction = Reconstruction(
         expected,

@@ -244,6 +244,23 @@ class ModelReader:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
+    def eps(self) -> float:
+        """Machine epsilon of the narrowest dtype that the stream and its norms go through: many
+        models take their norms in float32 whatever their own dtype."""
+        norm = self._final_norm() if self.dtype == torch.float64 and is_bridge(self.model) else None
+        if norm is not None:
+            x = torch.linspace(-1, 2, self.model.cfg.d_model, dtype=torch.float64)
+            x = x.to(next(self.model.parameters()).device)
+            with torch.no_grad():
+                y = unwrap(self.model.ln_final)(x[None])[0]
+            centred = x - x.mean() if norm.centred else x
+            exact = centred / norm.scale_of(x) * (1.0 if norm.gamma is None else norm.gamma)
+            exact = exact if norm.beta is None else exact + norm.beta
+            if float((y - exact).abs().max()) > 1e-12 * float(exact.abs().max()):
+                return torch.finfo(torch.float32).eps
+        return torch.finfo(self.dtype).eps
+
+    @property
     def n_layers(self) -> int:
         return len(self.model.blocks)
 

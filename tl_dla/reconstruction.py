@@ -119,7 +119,7 @@ def rounding(
     logits: Float[Tensor, "batch pos token"],
     rows: Float[Tensor, "batch pos"],
     weights: Float[Tensor, "candidate token"],
-    dtype: torch.dtype,
+    eps: float,
     d: int,
 ) -> Float[Tensor, "batch pos candidate"]:
     """What rounding can explain, by the derivation in this module's docstring.
@@ -130,10 +130,9 @@ def rounding(
         logits: the target tokens' values.
         rows: the sum of the rows' absolute values.
         weights: how the tokens are added up.
-        dtype: the model's.
+        eps: machine epsilon of the narrowest dtype in the model's forward pass.
         d: the length of the dot products.
     """
-    eps = torch.finfo(dtype).eps
     eps_compute = min(eps, torch.finfo(torch.float32).eps)
     forward = eps * _UNIFORM * (magnitude.square() + 2 * final.square() + logits.square()).sqrt()
     dots = eps_compute * d**0.5 * final

@@ -35,11 +35,15 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What the probes kept, and the target tokens' logits before and after the output transform."""
+    """What the probes kept, and the target tokens' logits before and after the output transform.
+
+    `eps` is the machine epsilon of the logits that the model returned.
+    """
 
     values: dict[str, Tensor]
     raw: Float[Tensor, "batch pos token"] | None = None
     logits: Float[Tensor, "batch pos token"] | None = None
+    eps: float = 0.0
 
 
 def run(
@@ -102,7 +106,9 @@ def run(
         )
     if targets is None:
         return Recording(values)
-    return Recording(values, seen["raw"], select(output, targets))
+    return Recording(
+        values, seen["raw"], select(output, targets), torch.finfo(output.dtype).eps
+    )
 
 
 def recall(

@@ -42,9 +42,8 @@ class Gap:
     seen: Float[Tensor, "batch pos d_model"]
     additions: int
 
-    def explained_by_rounding(self, dtype: torch.dtype) -> bool:
-        """Whether the gap is one that adding the rows in the model's dtype can leave."""
-        eps = max(torch.finfo(dtype).eps, torch.finfo(self.seen.dtype).eps)
+    def explained_by_rounding(self, eps: float) -> bool:
+        """Whether the gap is one that adding the rows with this machine epsilon can leave."""
         allowed = 6 * eps * max(self.additions, 1) ** 0.5 * self.seen.norm(dim=-1)
         return bool((self.missing.norm(dim=-1) <= allowed).all())
 
@@ -128,11 +127,11 @@ def vector_probes(reader: ModelReader, unit: Unit) -> list[Probe]:
         if isinstance(step, Write | Point):
             probes.append(Probe(step.label, step.site, upcast))
         elif isinstance(step, StreamNorm):
-            probes.append(_scale_probe(step.norm))
+            probes.append(scale_probe(step.norm))
     for attention in _attentions(reader) if unit == "head" else []:
         probes.append(Probe(f"z {attention.layer}", attention.site, upcast))
         if attention.post_norm is not None:
-            probes.append(_scale_probe(attention.post_norm))
+            probes.append(scale_probe(attention.post_norm))
     return probes
 
 
@@ -164,7 +163,7 @@ def walk(
                 rows, total = [Vector("embed", "embed", None, sight)], sight
             gap = Gap(step, sight - total, sight, additions)
             gaps.append(gap)
-            if not gap.explained_by_rounding(reader.dtype):
+            if not gap.explained_by_rounding(reader.eps):
                 first = len(gaps) == 1
                 label = "embed_rest" if first else f"{step.layer - 1}_rest"
                 layer = None if first else step.layer - 1
@@ -228,5 +227,5 @@ def _attentions(reader: ModelReader) -> list[Attention]:
     return [attention for attention in found if attention is not None]
 
 
-def _scale_probe(norm: Norm) -> Probe:
+def scale_probe(norm: Norm) -> Probe:
     return Probe(norm.name, norm.site, lambda x: norm.scale(upcast(x)))

@@ -221,7 +221,7 @@ class Plan:
         if before is None and [row.label for row in rows] == ["embed"]:
             if is_rescaled_embedding(values["vector embed"], values[f"vector {point.label}"]):
                 return [Row("embed", "embed", None, after)]
-        eps = torch.finfo(self.reader.dtype).eps
+        eps = self.reader.eps
         rounding = 6 * eps * 12**-0.5 * size * max(additions, 1) ** 0.5
         gross = sum((row.value.abs() for row in rows), after.abs())
         rounding = rounding + 4 * max(torch.finfo(after.dtype).eps, 0.0) * (
