@@ -1,18 +1,58 @@
-"""Exact direct logit attribution for TransformerLens models."""
+"""Exact direct logit attribution for TransformerLens models.
 
-from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
-from tl_dla.checking import check_model as check_model
-from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
-from tl_dla.errors import ReconstructionError as ReconstructionError
-from tl_dla.errors import TlDlaError as TlDlaError
-from tl_dla.errors import TokenError as TokenError
-from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
-from tl_dla.lens import LogitLens as LogitLens
-from tl_dla.lens import logit_lens as logit_lens
-from tl_dla.loading import load_model as load_model
-from tl_dla.readout import Readout as Readout
-from tl_dla.reconstruction import Reconstruction as Reconstruction
-from tl_dla.residual import ResidualStack as ResidualStack
-from tl_dla.residual import decompose as decompose
-from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
-from tl_dla.units import required_hooks as required_hooks
+A public name is imported when it is first used: `tl-dla --help` then needs no PyTorch, and a name
+costs only what it needs. A new one goes in both lists below, which a test holds equal.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
+    from tl_dla.checking import check_model as check_model
+    from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
+    from tl_dla.errors import ReconstructionError as ReconstructionError
+    from tl_dla.errors import TlDlaError as TlDlaError
+    from tl_dla.errors import TokenError as TokenError
+    from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
+    from tl_dla.lens import LogitLens as LogitLens
+    from tl_dla.lens import logit_lens as logit_lens
+    from tl_dla.loading import load_model as load_model
+    from tl_dla.readout import Readout as Readout
+    from tl_dla.reconstruction import Reconstruction as Reconstruction
+    from tl_dla.residual import ResidualStack as ResidualStack
+    from tl_dla.residual import decompose as decompose
+    from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
+    from tl_dla.units import required_hooks as required_hooks
+
+_MODULES = {
+    "direct_logit_attribution": "attribution",
+    "check_model": "checking",
+    "IncompleteCacheError": "errors",
+    "ReconstructionError": "errors",
+    "TlDlaError": "errors",
+    "TokenError": "errors",
+    "UnsupportedModelError": "errors",
+    "LogitLens": "lens",
+    "logit_lens": "lens",
+    "load_model": "loading",
+    "Readout": "readout",
+    "Reconstruction": "reconstruction",
+    "ResidualStack": "residual",
+    "decompose": "residual",
+    "DirectLogitAttribution": "result",
+    "required_hooks": "units",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
