@@ -280,9 +280,9 @@ def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) ->
 
 def require_eval(model: Any) -> None:
     """Raise unless every module is in evaluation mode."""
-    for name, module in model.named_modules():
-        if module.training:
-            raise ArgumentError(
-                f"The model is in training mode ({name or 'the model'}): dropout would change its"
-                " logits. Call model.eval() first."
-            )
+    if any(module.training for module in model.modules()):
+        where = next(name for name, module in model.named_modules() if module.training)
+        raise ArgumentError(
+            f"The model is in training mode ({where or 'the model'}): dropout would change its"
+            " logits. Call model.eval() first."
+        )

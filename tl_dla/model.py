@@ -204,6 +204,7 @@ class ModelReader:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.hooks: Mapping[str, Any] = model.hook_dict
+        self.is_bridge = is_bridge(model)
         if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
             raise UnsupportedModelError(
                 f"{self.architecture} has no single stack of blocks writing to one residual stream,"
@@ -247,7 +248,7 @@ class ModelReader:
     def eps(self) -> float:
         """Machine epsilon of the narrowest dtype that the stream and its norms go through: many
         models take their norms in float32 whatever their own dtype."""
-        norm = self._final_norm() if self.dtype == torch.float64 and is_bridge(self.model) else None
+        norm = self._final_norm() if self.dtype == torch.float64 and self.is_bridge else None
         if norm is not None:
             x = torch.linspace(-1, 2, self.model.cfg.d_model, dtype=torch.float64)
             x = x.to(next(self.model.parameters()).device)
@@ -319,7 +320,7 @@ class ModelReader:
         site = self.site("hook_pos_embed")
         if site is not None and not site.name.startswith("rotary"):
             return site
-        if is_bridge(self.model):
+        if self.is_bridge:
             for name, module in self.model.original_model.named_modules():
                 if name.rpartition(".")[2] in _POSITION_MODULES:
                     return Site(f"original_model.{name}", module)
@@ -366,7 +367,7 @@ class ModelReader:
         if not {"attn", "ln1", "ln2"} <= set(names):
             return "none"
         post = getattr(inner, "do_layer_norm_before", None) is False
-        if "ln_final" not in self.model._modules and is_bridge(self.model):
+        if "ln_final" not in self.model._modules and self.is_bridge:
             post = post or names.index("attn") < names.index("ln1")
         return "after" if post else "none"
 
@@ -404,7 +405,7 @@ class ModelReader:
         module = self.model._modules.get("ln_final")
         if module is None or isinstance(module, nn.Identity):
             return None
-        if is_bridge(self.model) and self.site("ln_final.hook_scale") is None:
+        if self.is_bridge and self.site("ln_final.hook_scale") is None:
             if isinstance(unwrap(module), nn.Identity) or not self._normalises(module):
                 return None
         return self.norm(module, "ln_final")
@@ -426,8 +427,8 @@ class ModelReader:
             centred = not module.uses_rms_norm
         else:
             centred = "RMS" not in type(inner).__name__
-        gamma = parameter(module, "w") if not is_bridge(self.model) else parameter(inner, "weight")
-        beta = parameter(module, "b") if not is_bridge(self.model) else parameter(inner, "bias")
+        gamma = parameter(module, "w") if not self.is_bridge else parameter(inner, "weight")
+        beta = parameter(module, "b") if not self.is_bridge else parameter(inner, "bias")
         if type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge"):
             gamma = beta = None
         if hasattr(module, "uses_weight_offset"):
@@ -477,9 +478,9 @@ class ModelReader:
         """The norm that a sublayer's output passes through before it joins the stream."""
         block = self.model.blocks[layer]
         module = block._modules.get(f"{name}_post")
-        if module is not None and (not is_bridge(self.model) or module.original_component is not None):
+        if module is not None and (not self.is_bridge or module.original_component is not None):
             return self.norm(module, f"blocks.{layer}.{name}_post")
-        if not is_bridge(self.model):
+        if not self.is_bridge:
             from transformer_lens.components import transformer_block
 
             after = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
@@ -489,7 +490,7 @@ class ModelReader:
 
     def _output_map(self, attn: Any, layer: int) -> tuple[Tensor, Tensor | None]:
         """W_O as [head, d_head, d_model] and b_O."""
-        if not is_bridge(self.model):
+        if not self.is_bridge:
             return attn.W_O.detach(), parameter(attn, "b_O")
         output = unwrap(attn._modules["o"])
         weight, bias = parameter(output, "weight"), parameter(output, "bias")

@@ -95,7 +95,12 @@ class Readout:
             return torch.einsum(f"bp{inner}d,bpt{inner}d->bpt{inner}", x, w)
         if not inner:
             return x @ w[:, 0].mT
-        return torch.einsum("bphd,bthd->bpth", x, w[:, 0])
+        # One product over all heads at once, each head's direction in its own block: z is read as
+        # it lies, never transposed.
+        heads = w.shape[3]
+        blocks = torch.eye(heads, dtype=w.dtype, device=w.device)
+        blocks = torch.einsum("bthd,hg->bhdtg", w[:, 0], blocks).flatten(3).flatten(1, 2)
+        return (x.flatten(2) @ blocks).unflatten(2, (-1, heads))
 
     def frozen(self, scales: Mapping[str, Float[Tensor, "batch pos"]]) -> "Readout":
         """The same readout once the scales are known."""

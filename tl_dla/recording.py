@@ -195,7 +195,6 @@ def _batched(x: Tensor, batch: int, pos: int) -> Tensor:
 def _names_in_cache(reader: ModelReader, cache: Any) -> dict[str, str]:
     """Each hook's own name, to the name or alias under which the cache holds it."""
     names = {name: name for name in cache.cache_dict}
-    for alias, hook in reader.hooks.items():
-        if alias in cache.cache_dict and hook.name is not None:
-            names.setdefault(hook.name, alias)
+    for alias in names.keys() & reader.hooks.keys():
+        names.setdefault(reader.hooks[alias].name, alias)
     return names

@@ -192,13 +192,15 @@ class Positions:
     """The positions attributed, of each prompt: `index` counts its real tokens from 0.
 
     `valid` is False where a prompt is too short to have the position that others have. `every`
-    says that they are all positions in order, so that nothing need be gathered.
+    says that they are all positions in order, and `shared` that one position is the same in every
+    prompt, so that nothing need be gathered.
     """
 
     index: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     single: bool
     every: bool
+    shared: int | None = None
 
     def take(
         self, x: Float[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
@@ -208,8 +210,10 @@ class Positions:
         batch = self.index.shape[0]
         if x.shape[0] == 1 and batch > 1:
             x = x.expand(batch, *x.shape[1:])
-        if self.every and start is None:
+        if start is None and self.every:
             return x
+        if start is None and self.shared is not None:
+            return x[:, self.shared : self.shared + 1]
         index = self.index if start is None else self.index + start[:, None]
         rows = torch.arange(batch, device=x.device)[:, None]
         return x[rows, index.to(x.device)]
@@ -224,7 +228,7 @@ class Positions:
         if self.every:
             kept = int(valid.sum(-1).max())
             index, valid = index[:, :kept], valid[:, :kept]
-        return Positions(index, valid, self.single, self.every)
+        return Positions(index, valid, self.single, self.every, self.shared)
 
 
 def read_positions(pos: Any, prompts: Prompts) -> Positions:
@@ -269,7 +273,8 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     index = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     every = isinstance(pos, slice) and pos == slice(None)
-    return Positions(index, valid.to(device), single, every)
+    shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
+    return Positions(index, valid.to(device), single, every, shared)
 
 
 # ---- answers -----------------------------------------------------------------------------------
