@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             with redirect_stdout(sys.stderr):  # what libraries print
                 output = getattr(commands, args.subcommand)(args)
-        return output.write(args)
+        return 0 if output is None else output.write(args)
     except BrokenPipeError:  # `tl-dla … | head`: what is still to be written has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -135,6 +135,20 @@ def _parser() -> _Parser:
     )
     lens.add_argument(
         "--top", type=_count, default=3, metavar="K", help="predictions a point (default 3)"
+    )
+    report = add(
+        "report",
+        "Write figures, lens, heads and certificate of an attribution to one self-contained page",
+        f"{_IOI.format('report')} --answer ' Mary' --incorrect ' John' --out page.html",
+        _prompt(),
+        _position(),
+        _answers("the model's own top prediction without it"),
+        _model(),
+        _unit(),
+    )
+    report.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
+    report.add_argument(
+        "--top", type=_count, default=3, metavar="K", help="heads of either sign (default 3)"
     )
     add(
         "check",

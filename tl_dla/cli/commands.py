@@ -1,6 +1,7 @@
 """The subcommands: arguments in, an `Output` out."""
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -44,6 +45,17 @@ def lens(args: argparse.Namespace) -> Output:
     return lens_output(readings, args)
 
 
+def report(args: argparse.Namespace) -> None:
+    """`tl-dla report`."""
+    from tl_dla.report import write_report
+
+    require_writable(args.out)
+    result, _ = attributed(args)
+    tell(f"report: {result.reconstruction}")
+    path = write_report(result, args.out, k=args.top, command=args.command)
+    tell(f"report: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
 def check(args: argparse.Namespace) -> Output:
     """`tl-dla check`."""
     from tl_dla.checking import check_model
@@ -53,8 +65,8 @@ def check(args: argparse.Namespace) -> Output:
     return check_output(check_model(load(args), args.prompt), args)
 
 
-def dataset(args: argparse.Namespace) -> Output:
-    """`tl-dla dataset`, in one process or under `torchrun -m tl_dla dataset …`."""
+def dataset(args: argparse.Namespace) -> Output | None:
+    """`tl-dla dataset`; of several processes (`torchrun -m tl_dla dataset …`) the first answers."""
     from tl_dla.dataset import attribute_dataset, process_device
     from tl_dla.examples import read_examples
 
@@ -69,7 +81,7 @@ def dataset(args: argparse.Namespace) -> Output:
         out=args.folder,
         on_error=args.on_error,
     )
-    return dataset_output(summary, args)
+    return dataset_output(summary, args) if int(os.environ.get("RANK", 0)) == 0 else None
 
 
 def summarize(args: argparse.Namespace) -> Output:
@@ -90,7 +102,9 @@ def attributed(args: argparse.Namespace) -> tuple[DirectLogitAttribution, Predic
     model = load(args)
     prediction = predict(model, args.prompt, args.pos) if args.answer is None else None
     if prediction is not None:
-        tell(f"attribute: no --answer, so this is the model's own prediction, {prediction.token!r}")
+        tell(
+            f"{args.subcommand}: no --answer, so this is the model's own prediction, {prediction.token!r}"
+        )
     answer = args.answer if prediction is None else prediction.id
     result = direct_logit_attribution(
         model, args.prompt, answer, incorrect(args), unit=args.unit, pos=args.pos
