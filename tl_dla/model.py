@@ -58,10 +58,12 @@ _POSITION_MODULES = ("embed_positions", "position_embeddings", "wpe")
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place whose activation can be read: a hook, or a module's output where there is no hook."""
+    """A place whose activation can be read: a hook, or where there is none, a module's output or
+    `inputs`."""
 
     name: str
     module: nn.Module
+    inputs: bool = False
 
     @property
     def hooked(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
@@ -24,13 +24,26 @@ from tl_dla.tokens import Positions, Prompts, Targets
 class Probe:
     """Keep `read(activation at the attributed positions)` under `key`.
 
-    `whole` reads the activation at every position (attention patterns and values need it).
+    `whole` reads the activation at every position instead, real tokens first. `keys` reads an
+    attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key.
     """
 
     key: str
     site: Site
-    read: Callable[[Tensor], Tensor]
+    read: Callable[..., Tensor]
     whole: bool = False
+    keys: bool = False
+
+    def of(
+        self, x: Float[Tensor, "batch ..."], positions: Positions, start: Tensor | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """The part of an activation that is read; `start` says where the prompts begin in it."""
+        if self.whole:
+            return x if start is None else _rolled(x, start, 1)
+        if self.keys:
+            x = positions.take(x.transpose(1, 2), start)
+            return x if start is None else _rolled(x, start, 3)
+        return positions.take(x, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +79,22 @@ def run(
             x = _batched(activation, *tokens.shape)
             taken: Tensor | None = None
             for probe in by_site[name]:
-                if probe.whole:
-                    values[probe.key] = probe.read(x)
+                if probe.whole or probe.keys:
+                    values[probe.key] = probe.read(probe.of(x, positions))
                 else:
                     # The unembedding sees only these positions already.
                     if taken is None:
                         taken = x if name.startswith("unembed.") else positions.take(x)
                     values[probe.key] = probe.read(taken)
+
+        return read
+
+    def read_inputs(name: str) -> Callable[..., None]:
+        def read(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            for probe in by_site[name]:
+                at = [probe.of(_batched(x, *tokens.shape), positions) for x in tensors]
+                values[probe.key] = probe.read(*at)
 
         return read
 
@@ -87,7 +109,10 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for name, site in sites.items():
-            if not site.hooked:
+            if site.inputs:
+                handle = site.module.register_forward_pre_hook(read_inputs(name), with_kwargs=True)
+                stack.callback(handle.remove)
+            elif not site.hooked:
                 handle = site.module.register_forward_hook(
                     lambda _m, _a, output, read=reader(name): read(output)
                 )
@@ -144,8 +169,8 @@ def recall(
             x = _batched(x if cache.has_batch_dim else x[None], batch, pos)
             taken = None
             for probe in wanted:
-                if probe.whole:
-                    values[probe.key] = probe.read(x)
+                if probe.whole or probe.keys:
+                    values[probe.key] = probe.read(probe.of(x, positions, start))
                 else:
                     taken = positions.take(x, start) if taken is None else taken
                     values[probe.key] = probe.read(taken)
@@ -176,6 +201,16 @@ def select(
         mean = logits.mean(-1, keepdim=True, dtype=chosen.dtype)
         chosen = torch.cat([chosen, mean], -1)
     return chosen
+
+
+def _rolled(
+    x: Float[Tensor, "batch ..."], start: Int[Tensor, " batch"], axis: int
+) -> Float[Tensor, "batch ..."]:
+    """Positions counted from where each prompt begins; the padding before it comes last."""
+    index = torch.arange(x.shape[axis], device=x.device) + start.to(x.device)[:, None]
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = index.shape
+    return x.take_along_dim((index % x.shape[axis]).reshape(shape), axis)
 
 
 def _by_site(probes: Iterable[Probe]) -> dict[str, list[Probe]]:
