@@ -33,7 +33,7 @@ from tl_dla.units import Unit, require_unit
 
 def attribute_dataset(
     model: Any,
-    examples: Iterable[Mapping[str, Any]],
+    examples: Iterable[Any],
     *,
     unit: Unit = "component",
     batch_size: int = 16,

@@ -75,7 +75,7 @@ class Batch:
 
 def batches(
     model: Any,
-    examples: Iterable[Mapping[str, Any]],
+    examples: Iterable[Any],
     batch_size: int,
     *,
     pos: int = -1,
@@ -215,7 +215,7 @@ def _cells(row: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-def read_examples(source: str | Path, *, split: str = "train") -> Iterable[Mapping[str, Any]]:
+def read_examples(source: str | Path, *, split: str = "train") -> Iterable[Any]:
     """Examples from a file, a folder or the hub, to be iterated over as often as needed.
 
     Read are `.jsonl`, `.csv` and `.parquet` files, folders of `Dataset.save_to_disk`, and the id of

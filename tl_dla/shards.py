@@ -21,9 +21,9 @@ The last two are written when the run is complete. Columns of a shard:
     error         string         why the example was left out; the columns from `answer` on are null
 
 The schema's metadata holds, as JSON under `tl_dla`: the model's name, the unit, the rows' labels,
-kinds and layers, the versions of the packages, the digest of the batch's examples and that of the
-manifest. A shard is written to a temporary file and renamed when it is whole, so a shard that is
-there is complete; pages carry checksums.
+kinds and layers, the versions of the packages, and digests of the manifest, of the batch's examples
+and of all that the shard holds. A shard is written to a temporary file and renamed when it is
+whole, so a shard that is there is complete, and one that is damaged is noticed.
 """
 
 import json
@@ -230,11 +230,10 @@ def write_shard(path: Path, shard: Shard, about: dict[str, Any]) -> None:
     columns["rows"] = [None if x.values is None else x.values.numpy() for x in lines]
     columns["rest_labels"] = [None if x.rest is None else list(x.rest) for x in lines]
     columns["rest"] = [None if x.rest is None else list(x.rest.values()) for x in lines]
+    about = {**about, "content": _content(lines, about)}
     table = pa.Table.from_pydict(columns, schema=_schema(about))
     temporary = _temporary(path)
-    pq.write_table(
-        table, temporary, compression="zstd", use_dictionary=False, write_page_checksum=True
-    )
+    pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
     _rename(temporary, path)
 
 
@@ -248,37 +247,48 @@ def read_shard(path: Path) -> tuple[Shard, dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(
-            path, page_checksum_verification=True, partitioning=None, memory_map=False
-        )
+        table = pq.read_table(path, partitioning=None)
         about = json.loads(table.schema.metadata[_KEY])
-        columns = table.to_pydict() if about["labels"] is None else _columns(table)
+        lines = _lines(table)
+        names = None
+        if about["labels"] is not None:
+            names = RowNames(*(tuple(about[key]) for key in ("labels", "kinds", "layers")))
+        if about.pop("content") != _content(lines, about):
+            raise ValueError("its content is not what was written")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputFolderError(
             f"{str(path)!r} is damaged or no shard of tl_dla ({str(error).splitlines()[0]}):"
             " delete that file to compute it again."
         ) from error
-    names = None
-    if about["labels"] is not None:
-        names = RowNames(*(tuple(about[key]) for key in ("labels", "kinds", "layers")))
-    lines = []
-    for i, index in enumerate(columns["index"]):
-        fields = {name: columns[name][i] for name in columns if not name.startswith(("r", "index"))}
-        rest = columns["rest_labels"][i]
-        rest = None if rest is None else dict(zip(rest, columns["rest"][i], strict=True))
-        lines.append(Line(index=index, values=columns["rows"][i], rest=rest, **fields))
     return Shard(lines, names), about
 
 
-def _columns(table: Any) -> dict[str, list[Any]]:
-    """The table's columns as lists, each of `rows` a tensor (by numpy, not number by number)."""
+def _lines(table: Any) -> list[Line]:
+    """The lines of a table; `rows` by way of numpy, not number by number."""
     columns = table.drop_columns(["rows"]).to_pydict()
-    rows = table.column("rows").combine_chunks()
-    columns["rows"] = [
+    labels, rest = columns.pop("rest_labels"), columns.pop("rest")
+    columns["values"] = [
         torch.from_numpy(row.values.to_numpy(zero_copy_only=False).copy()) if row.is_valid else None
-        for row in rows
+        for row in table.column("rows").combine_chunks()
     ]
-    return columns
+    columns["rest"] = [
+        None if names is None else dict(zip(names, values, strict=True))
+        for names, values in zip(labels, rest, strict=True)
+    ]
+    return [
+        Line(**dict(zip(columns, line, strict=True)))
+        for line in zip(*columns.values(), strict=True)
+    ]
+
+
+def _content(lines: list[Line], about: dict[str, Any]) -> str:
+    """The digest of all that a shard holds."""
+    digest = sha256(json.dumps(about, sort_keys=True).encode())
+    for line in lines:
+        fields = {key: value for key, value in vars(line).items() if key != "values"}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+        digest.update(b"" if line.values is None else line.values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:
