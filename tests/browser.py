@@ -153,9 +153,16 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
-    def screenshot(self, path: Path | str, *, whole: bool = True) -> None:
-        """A PNG of the page, as long as it is."""
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(
+        self, path: Path | str, clip: tuple[float, float, float, float] | None = None
+    ) -> None:
+        """A PNG of the page, as long as it is, or of x, y, width and height of it."""
+        part = {}
+        if clip is not None:
+            part["clip"] = dict(zip(("x", "y", "width", "height"), clip, strict=True), scale=1)
+        answer = self.send(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, **part
+        )
         Path(path).write_bytes(base64.b64decode(answer["data"]))
 
     def pdf(self, path: Path | str) -> None:
@@ -174,7 +181,9 @@ class Page:
     def errors(self) -> list[str]:
         """What the console reported as an error or a warning, exceptions included."""
         self.evaluate("1")  # lets pending events arrive
-        found = [str(event["exceptionDetails"]) for event in self._events("Runtime.exceptionThrown")]
+        found = [
+            str(event["exceptionDetails"]) for event in self._events("Runtime.exceptionThrown")
+        ]
         for event in self._events("Runtime.consoleAPICalled"):
             if event["type"] in ("error", "warning", "assert"):
                 found.append(" ".join(str(a.get("value", a)) for a in event["args"]))

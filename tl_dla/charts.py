@@ -387,6 +387,6 @@ def table(
     total = above + 20 + height * n_rows
     bar = dict(lenmode="pixels", len=min(220, height * n_rows), y=1, yanchor="top")
     fig.update_layout(coloraxis=colour_axis(values, scale, unit, **bar), meta=scale)
-    wanted = max(620, 170 + cell_width * n_columns)
+    wanted = max(760, 170 + cell_width * n_columns)
     styled(fig, title, subtitle, height=total, width=wanted if worded else None)
     return fig.update_layout(margin_t=above)

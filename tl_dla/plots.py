@@ -23,7 +23,7 @@ from tl_dla.charts import number, safe
 from tl_dla.errors import ArgumentError
 from tl_dla.head_map import heads
 from tl_dla.trajectory import trajectory
-from tl_dla.view import View, bars, headings, logit_name, read
+from tl_dla.view import View, bars, fold, headings, logit_name, read
 
 if TYPE_CHECKING:
     from tl_dla.lens import LogitLens
@@ -97,21 +97,6 @@ def ledger(
     fig.update_yaxes(charts.ledger_axis(names))
     fig.update_xaxes(title_text="logits", zeroline=True)
     return charts.styled(fig, title, subtitle, height=170 + 20 * len(names))
-
-
-def fold(
-    labels: Sequence[str], values: Float[np.ndarray, "row sample"], k: int
-) -> tuple[list[str], Float[np.ndarray, "shown sample"]]:
-    """The k rows of largest mean magnitude, in their order, and the sum of all others as a row."""
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
-    if len(labels) <= k + 1:
-        return list(labels), values
-    largest = np.argsort(-np.abs(values).mean(1), kind="stable")[:k]
-    kept = np.sort(largest)
-    rest = np.setdiff1d(np.arange(len(labels)), kept)
-    names = [*(labels[i] for i in kept), f"{len(rest)} smaller rows"]
-    return names, np.vstack([values[kept], values[rest].sum(0)])
 
 
 def _waterfall(
@@ -294,7 +279,7 @@ def lens_grid(
 def visible(token: str) -> str:
     """A token for a small cell: line breaks shown, shortened."""
     text = token.replace("\n", "↵").replace("\t", "⇥")
-    text = text if text.strip() else text.replace(" ", "␣")
+    text = text if text.strip() else repr(text.replace(" ", "␣"))[1:-1] or "''"
     return text if len(text) <= 10 else f"{text[:9]}…"
 
 

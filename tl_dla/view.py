@@ -114,6 +114,21 @@ def certificate(result: "DirectLogitAttribution") -> str:
     return f"{mark} {safe(str(result.reconstruction))}"
 
 
+def fold(
+    labels: Sequence[str], values: Float[np.ndarray, "row sample"], k: int
+) -> tuple[list[str], Float[np.ndarray, "shown sample"]]:
+    """The k rows of largest mean magnitude, in their order, and the sum of all others as a row."""
+    if k < 1:
+        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    if len(labels) <= k + 1:
+        return list(labels), values
+    largest = np.argsort(-np.abs(values).mean(1), kind="stable")[:k]
+    kept = np.sort(largest)
+    rest = np.setdiff1d(np.arange(len(labels)), kept)
+    names = [*(labels[i] for i in kept), f"{len(rest)} smaller rows"]
+    return names, np.vstack([values[kept], values[rest].sum(0)])
+
+
 def bars(
     labels: Sequence[str],
     values: Float[np.ndarray, "row sample"],
