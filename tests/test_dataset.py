@@ -516,6 +516,8 @@ def test_the_result_ranks_and_tabulates(model):
     assert len(table) == 3 * (len(result) + 1) and set(table["group"]) == {"all", "a", "b"}
     line = table[(table["group"] == "b") & (table["label"] == "L1H2")].iloc[0]
     assert line["mean"] == result.groups["b"]["L1H2"].mean and line["n"] == 25
+    bars = result.plot(5, kind="head").data[0]
+    assert bars.x.tolist() == [row.mean for row in result.top(5, kind="head", by="magnitude")]
     with pytest.raises(KeyError, match="No row .*L9H9"):
         result["L9H9"]
     with pytest.raises(ArgumentError, match="No row is of kind"):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
     from tl_dla.checking import check_model as check_model
+    from tl_dla.dataset import attribute_dataset as attribute_dataset
+    from tl_dla.dataset import summarize as summarize
     from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
     from tl_dla.errors import ReconstructionError as ReconstructionError
     from tl_dla.errors import TlDlaError as TlDlaError
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from tl_dla.residual import ResidualStack as ResidualStack
     from tl_dla.residual import decompose as decompose
     from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
+    from tl_dla.summary import DatasetAttribution as DatasetAttribution
     from tl_dla.units import required_hooks as required_hooks
 
 _MODULES = {
     "direct_logit_attribution": "attribution",
     "check_model": "checking",
+    "attribute_dataset": "dataset",
+    "summarize": "dataset",
     "IncompleteCacheError": "errors",
     "ReconstructionError": "errors",
     "TlDlaError": "errors",
@@ -41,6 +46,7 @@ _MODULES = {
     "ResidualStack": "residual",
     "decompose": "residual",
     "DirectLogitAttribution": "result",
+    "DatasetAttribution": "summary",
     "required_hooks": "units",
 }
 __all__ = list(_MODULES)

@@ -100,7 +100,8 @@ class Folder:
             raise OutputFolderError(f"out must be a folder; {str(path)!r} is a file.")
         held = [] if not self.path.exists() else [p.name for p in self.path.iterdir()]
         held = [name for name in held if not name.endswith(".tmp")]
-        if "manifest.json" in held:
+        # Asked after listing: of processes that start together, one may be writing it just now.
+        if (self.path / "manifest.json").is_file():
             self._require_same(read_manifest(self.path))
         elif held:
             raise OutputFolderError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -155,11 +156,22 @@ class DatasetAttribution:
             tables.append(pd.DataFrame(columns))
         return pd.concat(tables, ignore_index=True)
 
-    def plot(self, **options: Any) -> "go.Figure":
-        """The rows' means with their intervals, a plotly figure; see `tl_dla.plots.intervals`."""
-        from tl_dla import plots
+    def plot(self, k: int = 20, *, kind: Kind | None = None) -> "go.Figure":
+        """The k rows of the largest means by magnitude with their intervals, a plotly figure."""
+        from tl_dla import charts
 
-        return plots.intervals(self, **options)
+        rows = self.top(k, kind=kind, by="magnitude")
+        mean, low, high = (
+            np.array([getattr(row, name) for row in rows]) for name in ("mean", "low", "high")
+        )
+        return charts.intervals(
+            [row.label for row in rows],
+            mean,
+            low,
+            high,
+            title=f"{self.n:,} prompts: the {len(rows)} largest rows",
+            subtitle=f"mean over prompts, {self.confidence:.0%} interval; {self.model}",
+        )
 
     def __repr__(self) -> str:
         """The rows that matter with their intervals, and the model's own logit."""

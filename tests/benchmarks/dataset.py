@@ -1,0 +1,105 @@
+"""How many prompts a second a dataset takes, and how much memory.
+
+    python -m tests.benchmarks.dataset                    SmolLM2, 200 IOI prompts, heads
+    python -m tests.benchmarks.dataset --model demo --prompts 1000
+    python -m tests.benchmarks.dataset --memory           peak memory at 1,000 and 10,000 prompts
+
+Beside a loop of single calls, and TransformerLens's own tool called once per prompt, which is all
+it can do with prompts of different lengths. The model is folded, because that tool needs it.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tl_dla import attribute_dataset, direct_logit_attribution, load_model
+from tl_dla.ioi import ioi_prompts
+
+console = Console()
+
+
+def rate(run: Callable[[], Any], prompts: int) -> float:
+    start = time.perf_counter()
+    run()
+    return prompts / (time.perf_counter() - start)
+
+
+def throughput(model_name: str, prompts: int, batch_size: int) -> None:
+    from transformer_lens.tools.analysis import direct_logit_attribution as theirs
+
+    model = load_model(model_name)
+    if hasattr(model, "enable_compatibility_mode"):
+        model.enable_compatibility_mode(disable_warnings=True)
+    examples = ioi_prompts(model, prompts)
+
+    def dataset(out: str | None = None) -> None:
+        attribute_dataset(
+            model, examples, unit="head", batch_size=batch_size, out=out, progress=False
+        )
+
+    def loop(tool: Callable[..., Any]) -> None:
+        for e in examples:
+            tool(model, e["prompt"], e["answer"], e["incorrect"], unit="head")
+
+    loop_of = {
+        "attribute_dataset": dataset,
+        "attribute_dataset, stored": lambda: dataset(tempfile.mkdtemp() + "/run"),
+        "direct_logit_attribution, one by one": lambda: loop(direct_logit_attribution),
+        "TransformerLens's tool, one by one": lambda: loop(theirs),
+    }
+    dataset()  # warm
+    for name, run in loop_of.items():
+        console.print(f"{name:<40} {rate(run, prompts):8.1f} prompts/s", highlight=False)
+
+
+def peak(prompts: int) -> None:
+    """Peak memory above that of the loaded model, of a stream of examples, stored."""
+    from tests.zoo.build import boot
+
+    torch.set_num_threads(1)
+    model = boot("gpt2")
+
+    def stream() -> Any:
+        for i in range(prompts):
+            tokens = [3 + (i * j) % 90 for j in range(5 + i % 12)]
+            yield {"prompt": tokens, "answer": 5, "incorrect": [7, 8], "group": str(i % 2)}
+
+    def used() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    attribute_dataset(model, list(stream())[:64], unit="head", progress=False)
+    before = used()
+    out = tempfile.mkdtemp() + "/run"
+    attribute_dataset(model, stream(), unit="head", batch_size=16, out=out, progress=False)
+    grown = used() - before
+    console.print(f"{prompts:>7,} prompts: {grown:6.1f} MiB above the first 64", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        peak(args.peak)
+    elif args.memory:
+        for prompts in (1_000, 10_000):
+            command = [sys.executable, "-m", "tests.benchmarks.dataset", "--peak", str(prompts)]
+            subprocess.run(command, check=True)
+    else:
+        throughput(args.model, args.prompts, args.batch_size)
+
+
+if __name__ == "__main__":
+    main()
