@@ -10,11 +10,10 @@ The residual stream is told as a list of steps, from the embeddings to the final
 Nothing here knows a model's name. What is read comes from the interface that `HookedTransformer`
 and `TransformerBridge` share (hook names, `blocks`, `ln_final`, `W_U`) and from the attributes of
 the wrapped modules; what is misread shows in the certificate (`reconstruction.py`), because the
-steps must add up to the stream that the model itself unembeds. No other module touches
-`model.blocks`.
+steps must add up to the stream that the model itself unembeds. `norms.py` and `sublayers.py` read
+the parts; no other module touches `model.blocks`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
+from tl_dla.norms import Norm as Norm
+from tl_dla.norms import Site as Site
+from tl_dla.norms import compute_dtype as compute_dtype
+from tl_dla.norms import is_bridge as is_bridge
+from tl_dla.norms import parameter as parameter
+from tl_dla.norms import unwrap as unwrap
+from tl_dla.sublayers import Attention as Attention
+from tl_dla.sublayers import SublayerReader
 
 Kind = Literal[
     "embed", "attn", "mlp", "ssm", "head", "neuron", "expert", "source", "bias", "residual", "rest"
@@ -54,44 +61,6 @@ _UNHOOKED_WRITERS: tuple[tuple[str, str, Kind], ...] = (
 _NONLINEAR_HEADS = ("mlm_head", "prediction_head", "hc_head", "sigma_map", "classifier_ln")
 # Unhooked modules that add positions to the embeddings.
 _POSITION_MODULES = ("embed_positions", "position_embeddings", "wpe")
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place whose activation can be read: a hook, or where there is none, a module's output or
-    `inputs`."""
-
-    name: str
-    module: nn.Module
-    inputs: bool = False
-
-    @property
-    def hooked(self) -> bool:
-        return hasattr(self.module, "fwd_hooks")
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """γ ⊙ (x − mean) / s + β, with or without the mean, γ and β. `site` shows s, or x."""
-
-    name: str
-    site: Site
-    gamma: Float[Tensor, " d_model"] | None
-    beta: Float[Tensor, " d_model"] | None
-    centred: bool
-    eps: float
-
-    def scale(self, seen: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
-        """s, from what `site` shows: the model's own `hook_scale`, or the norm's input."""
-        if self.site.name.endswith("hook_scale"):
-            return seen[..., 0]
-        return self.scale_of(seen)
-
-    def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-        """s computed from the norm's input."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        return (x.square().mean(-1) + self.eps).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,65 +117,23 @@ class Stream:
 
     @property
     def writes(self) -> list[Write]:
+        """The steps that write to the stream."""
         return [step for step in self.steps if isinstance(step, Write)]
 
     @property
     def points(self) -> list[Point]:
+        """The sights of the stream."""
         return [step for step in self.steps if isinstance(step, Point)]
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """How an attention layer writes: W_O per head, its bias, then what its output passes through.
+class ModelReader(SublayerReader):
+    """What one model says of itself.
 
-    `site` shows the heads' mixed values z, `[batch, pos, head, d_head]` or with the last two
-    flattened. `factor` multiplies the output before the hook that shows what is written.
+    Cheap to make: nothing is kept between calls, so an edited weight is never stale.
     """
 
-    layer: int
-    site: Site
-    W_O: Float[Tensor, "head d_head d_model"]
-    b_O: Float[Tensor, " d_model"] | None
-    post_norm: Norm | None
-    factor: float
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Contractions run in float64 for a float64 model, in float32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def is_bridge(model: Any) -> bool:
-    """Whether the model is a `TransformerBridge` (it wraps another) or a `HookedTransformer`."""
-    return hasattr(model, "original_model")
-
-
-def unwrap(module: Any) -> Any:
-    """The module that a bridge component wraps, or the module itself."""
-    return getattr(module, "original_component", None) or module
-
-
-def parameter(module: Any, name: str) -> Tensor | None:
-    """A weight or bias as it is used now, brought back from where `accelerate` offloaded it."""
-    value = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return None
-    if value.device.type == "meta":
-        from accelerate.utils import align_module_device
-
-        with align_module_device(unwrap(module)):
-            value = getattr(unwrap(module), name).clone()
-    return value.detach()
-
-
-class ModelReader:
-    """What one model says of itself. Cheap to make: nothing is kept between calls, so an edited
-    weight is never stale."""
-
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.hooks: Mapping[str, Any] = model.hook_dict
-        self.is_bridge = is_bridge(model)
+        super().__init__(model)
         if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
             raise UnsupportedModelError(
                 f"{self.architecture} has no single stack of blocks writing to one residual stream,"
@@ -232,24 +159,16 @@ class ModelReader:
                 )
 
     @property
-    def architecture(self) -> str:
-        cfg = self.model.cfg
-        return str(
-            getattr(cfg, "architecture", None)
-            or getattr(cfg, "original_architecture", None)
-            or getattr(cfg, "model_name", None)
-            or type(self.model).__name__
-        )
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in, whose rounding the stream carries."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def eps(self) -> float:
-        """Machine epsilon of the narrowest dtype that the stream and its norms go through: many
-        models take their norms in float32 whatever their own dtype."""
+        """Machine epsilon of the narrowest dtype that the stream and its norms go through.
+
+        Many models take their norms in float32 whatever their own dtype.
+        """
         norm = self._final_norm() if self.dtype == torch.float64 and self.is_bridge else None
         if norm is not None:
             x = torch.linspace(-1, 2, self.model.cfg.d_model, dtype=torch.float64)
@@ -265,12 +184,8 @@ class ModelReader:
 
     @property
     def n_layers(self) -> int:
+        """How many blocks the model has."""
         return len(self.model.blocks)
-
-    def site(self, name: str) -> Site | None:
-        """The hook of that name or alias, under its own name; None where there is none."""
-        hook = self.hooks.get(name)
-        return None if hook is None else Site(hook.name or name, hook)
 
     # ---- the stream ----------------------------------------------------------------------------
 
@@ -385,9 +300,11 @@ class ModelReader:
                 continue
             if kind == "mlp" and getattr(self.model.cfg, "attn_only", False):
                 continue  # HookedTransformer has the hook all the same
-            if hook in ("moe.hook_out", "shared_mlp.hook_out") and any(
-                write.label.endswith("_mlp_out") for write in writes if write.kind == "mlp"
-            ) and f"blocks.{layer}.hook_mlp_out" in self.hooks:
+            if (
+                hook in ("moe.hook_out", "shared_mlp.hook_out")
+                and any(write.label.endswith("_mlp_out") for write in writes if write.kind == "mlp")
+                and f"blocks.{layer}.hook_mlp_out" in self.hooks
+            ):
                 continue
             seen.add(site.name)
             factor = float(getattr(inner, multiplier, 1.0)) if multiplier else 1.0
@@ -403,6 +320,21 @@ class ModelReader:
 
     # ---- norms ---------------------------------------------------------------------------------
 
+    def attention_norm(self, layer: int) -> Norm | None:
+        """The norm that attention reads the stream through.
+
+        None where it reads the stream itself, or where the norm is a step of the stream.
+        """
+        module = self.model.blocks[layer]._modules.get("ln1")
+        if module is None or getattr(module, "original_component", module) is None:
+            return None
+        after = self.post_norm(layer, "ln1")
+        if after is not None and after.name.endswith("ln1") or self._stream_norms(layer) != "none":
+            return None
+        if self.is_bridge and not self._normalises(module):
+            return None
+        return self.norm(module, f"blocks.{layer}.ln1")
+
     def _final_norm(self) -> Norm | None:
         module = self.model._modules.get("ln_final")
         if module is None or isinstance(module, nn.Identity):
@@ -415,102 +347,3 @@ class ModelReader:
     @staticmethod
     def _normalises(module: Any) -> bool:
         return "norm" in type(unwrap(module)).__name__.lower()
-
-    def norm(self, module: Any, name: str) -> Norm:
-        """A LayerNorm or RMSNorm of either kind of model, folded or not."""
-        inner, cfg = unwrap(module), self.model.cfg
-        site = self.site(f"{name}.hook_scale") or self.site(f"{name}.hook_in")
-        if site is None:
-            raise UnsupportedModelError(
-                f"{self.architecture} shows neither the scale nor the input of its norm {name},"
-                " so nothing can be read back through it."
-            )
-        if hasattr(module, "uses_rms_norm"):
-            centred = not module.uses_rms_norm
-        else:
-            centred = "RMS" not in type(inner).__name__
-        gamma = parameter(module, "w") if not self.is_bridge else parameter(inner, "weight")
-        beta = parameter(module, "b") if not self.is_bridge else parameter(inner, "bias")
-        if type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge"):
-            gamma = beta = None
-        if hasattr(module, "uses_weight_offset"):
-            offset = module.uses_weight_offset
-        else:
-            offset = not centred and bool(getattr(cfg, "rmsnorm_uses_offset", False))
-            offset = offset and hasattr(module, "uses_rms_norm")
-        if gamma is not None:
-            gamma = gamma.to(compute_dtype(gamma.dtype)) + (1.0 if offset else 0.0)
-        eps = next(
-            (
-                float(getattr(place, attribute))
-                for place in (inner, module)
-                for attribute in ("eps", "variance_epsilon")
-                if getattr(place, attribute, None) is not None
-            ),
-            float(getattr(cfg, "eps", 1e-5)),
-        )
-        return Norm(name, site, gamma, beta, centred, eps)
-
-    # ---- attention -----------------------------------------------------------------------------
-
-    def attention(self, layer: int) -> Attention | None:
-        """How the layer's heads write; None for a layer that has no attention."""
-        block = self.model.blocks[layer]
-        attn = block._modules.get("attn")
-        if attn is None or self.site(f"blocks.{layer}.hook_attn_out") is None:
-            return None
-        site = self.site(f"blocks.{layer}.attn.hook_z") or self.site(f"blocks.{layer}.attn.o.hook_in")
-        if site is None:
-            raise UnsupportedModelError(
-                f'unit="head" needs the heads\' mixed values (hook_z), which {type(attn).__name__} of'
-                f' blocks.{layer} in {self.architecture} does not show; unit="component" and'
-                ' unit="layer" work.'
-            )
-        W_O, b_O = self._output_map(attn, layer)
-        return Attention(
-            layer,
-            site,
-            W_O,
-            b_O,
-            self._post_norm(layer, "ln1"),
-            float(getattr(block, "residual_contribution_scale", 1.0)),
-        )
-
-    def _post_norm(self, layer: int, name: str) -> Norm | None:
-        """The norm that a sublayer's output passes through before it joins the stream."""
-        block = self.model.blocks[layer]
-        module = block._modules.get(f"{name}_post")
-        if module is not None and (not self.is_bridge or module.original_component is not None):
-            return self.norm(module, f"blocks.{layer}.{name}_post")
-        if not self.is_bridge:
-            from transformer_lens.components import transformer_block
-
-            after = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
-            if self.model.cfg.original_architecture in after:
-                return self.norm(getattr(block, name), f"blocks.{layer}.{name}")
-        return None
-
-    def _output_map(self, attn: Any, layer: int) -> tuple[Tensor, Tensor | None]:
-        """W_O as [head, d_head, d_model] and b_O."""
-        if not self.is_bridge:
-            return attn.W_O.detach(), parameter(attn, "b_O")
-        output = unwrap(attn._modules["o"])
-        weight, bias = parameter(output, "weight"), parameter(output, "bias")
-        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            raise UnsupportedModelError(
-                f'unit="head" needs the weight of blocks.{layer}.attn.o as a matrix, but'
-                f" {type(output).__name__} in {self.architecture} holds it in another form (quantised"
-                ' or sharded); unit="component" and unit="layer" work.'
-            )
-        if type(output).__name__ != "Conv1D":
-            weight = weight.mT
-        n_heads = self._n_heads(attn, weight.shape[0])
-        return weight.unflatten(0, (n_heads, -1)), bias
-
-    def _n_heads(self, attn: Any, width: int) -> int:
-        inner = unwrap(attn)
-        for name in ("v_head_dim", "head_dim"):
-            d_head = getattr(inner, name, None)
-            if isinstance(d_head, int) and d_head > 0 and width % d_head == 0:
-                return width // d_head
-        return int(self.model.cfg.n_heads)
