@@ -154,6 +154,7 @@ def intervals(
     values: Float[np.ndarray, "row sample"] | None = None,
     *,
     samples: Sequence[str] | None = None,
+    details: Sequence[str] | None = None,
     title: str = "",
     subtitle: str = "",
     unit: str = "logits",
@@ -167,6 +168,7 @@ def intervals(
         high: the upper ends.
         values: `[row, sample]`, drawn as dots where given.
         samples: the samples' names, for hover.
+        details: a line more for each row's hover.
         title: above the figure.
         subtitle: below the title.
         unit: of the values, named on the axis.
@@ -180,11 +182,12 @@ def intervals(
         >>> len(intervals(["L0H0", "L0H1"], one, one - 0.5, one + 0.5).data)
         1
     """
-    _aligned(labels, mean=mean, low=low, high=high, values=values)
+    _aligned(labels, mean=mean, low=low, high=high, values=values, details=details)
     places = np.arange(len(labels))
+    lines = [f"<br>{safe(line)}" for line in details] if details else [""] * len(labels)
     hover = [
-        f"<b>{safe(label)}</b><br>mean {m:+.4f} {unit}<br>interval {a:+.4f} … {b:+.4f}"
-        for label, m, a, b in zip(labels, mean, low, high, strict=True)
+        f"<b>{safe(label)}</b><br>mean {m:+.4f} {unit}<br>interval {a:+.4f} to {b:+.4f}{more}"
+        for label, m, a, b, more in zip(labels, mean, low, high, lines, strict=True)
     ]
     error = dict(
         type="data",

@@ -113,7 +113,10 @@ def head_grid(
     return grid
 
 
-def _heatmap(grid: Float[np.ndarray, "layer head"], result: "DirectLogitAttribution", view: View):
+def _heatmap(
+    grid: Float[np.ndarray, "layer head"], result: "DirectLogitAttribution", view: View
+) -> go.Heatmap:
+    """The cells, with each head's share of the logit, or its range over prompts, in hover."""
     values, _ = view.only()
     if values.shape[1] == 1:
         share = head_grid(result, view.share[:, 0, 0])
@@ -195,8 +198,8 @@ def _add_top_heads(
         raise ArgumentError(f"k must be 1 to the number of heads, {len(rows)}; {k} was given.")
     top = sorted(rows, key=lambda row: -abs(values[row].mean()))[:k]
     labels = [result.labels[row] for row in top]
-    axes = dict(xaxis="x9", yaxis="y9")
-    for trace in bars(labels, values[top], view, view.share[top, :, 0], **axes):
+    share = view.share[top, :, 0]
+    for trace in bars(labels, values[top], view, share, xaxis="x9", yaxis="y9"):
         fig.add_trace(trace)
     height = bottom * (1 - 70 / strip)
     words = f"the {k} heads farthest from 0 on average"
