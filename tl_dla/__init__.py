@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_dla.attention import HeadPattern as HeadPattern
+    from tl_dla.attention import top_heads_with_patterns as top_heads_with_patterns
     from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
     from tl_dla.checking import check_model as check_model
     from tl_dla.dataset import attribute_dataset as attribute_dataset
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from tl_dla.units import required_hooks as required_hooks
 
 _MODULES = {
+    "HeadPattern": "attention",
+    "top_heads_with_patterns": "attention",
     "direct_logit_attribution": "attribution",
     "check_model": "checking",
     "attribute_dataset": "dataset",
