@@ -93,12 +93,13 @@ def test_json_says_what_was_asked_and_with_what(run, folder):
     [
         (["--incorrect", "w9", "--incorrect", "w4"], [9, 4], [-0.5, -0.5]),
         (["--incorrect", "mean"], list(range(97)), [-1 / 97] * 97),
+        (["--incorrect", "w9", "--incorrect-id", "4"], [9, 4], [-0.5, -0.5]),
         (["--incorrect", "w9", "--pos", "2"], [9], [-1.0]),
         (["--incorrect", "w9", "--pos", "-3", "--dtype", "float64"], [9], [-1.0]),
     ],
 )
 def test_baselines_and_positions_are_those_of_the_library(run, own_logits, given, wrong, weights):
-    record = json.loads(run("attribute", PROMPT, "--answer", "w8", "--json", *given))
+    record = json.loads(run("attribute", PROMPT, "--answer-id", "8", "--json", *given))
     pos = int(given[3]) if "--pos" in given else -1
     logits = own_logits[pos]
     expected = float(logits[8] + (logits[wrong] * torch.tensor(weights)).sum())
@@ -302,6 +303,8 @@ def test_a_dataset_has_the_means_of_its_prompts(run, folder, tmp_path, capsys):
         (["attribute", PROMPT, "--device", "gpu"], "--device 'gpu' cannot be used"),
         (["attribute", PROMPT, "--top", "0"], "'0' is not a whole number of 1 or more"),
         (["attribute", PROMPT, "--json", "--csv"], "not allowed with argument"),
+        (["attribute", PROMPT, "--answer-id", "97"], "Token id 97 is outside the vocabulary"),
+        (["attribute", PROMPT, "--answer", "w8", "--answer-id", "8"], "not allowed with argument"),
         (["attribute", PROMPT, "--dtype", "float8"], "invalid choice: 'float8'"),
         (["attribute", PROMPT, "--heads"], "unrecognized arguments: --heads"),
         (["attribute"], "required: PROMPT (see tl-dla attribute --help)"),

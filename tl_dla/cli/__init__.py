@@ -232,12 +232,24 @@ def _position() -> _Parser:
 
 def _answers(answer: str) -> _Parser:
     group = _group()
-    group.add_argument("--answer", metavar="TOKEN", help=f"the token whose logit it is; {answer}")
+    answers = group.add_mutually_exclusive_group()
+    answers.add_argument("--answer", metavar="TOKEN", help=f"the token whose logit it is; {answer}")
+    answers.add_argument(
+        "--answer-id", dest="answer", type=int, metavar="ID", help="the same, by id"
+    )
     group.add_argument(
         "--incorrect",
         action="append",
         metavar="TOKEN",
         help="a token to compare with; several are averaged; 'mean' is the whole vocabulary's mean",
+    )
+    group.add_argument(
+        "--incorrect-id",
+        dest="incorrect",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="the same, by id",
     )
     return group
 

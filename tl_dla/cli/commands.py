@@ -102,9 +102,8 @@ def attributed(args: argparse.Namespace) -> tuple[DirectLogitAttribution, Predic
     model = load(args)
     prediction = predict(model, args.prompt, args.pos) if args.answer is None else None
     if prediction is not None:
-        tell(
-            f"{args.subcommand}: no --answer, so this is the model's own prediction, {prediction.token!r}"
-        )
+        own = f"the model's own prediction, {prediction.token!r}"
+        tell(f"{args.subcommand}: no --answer, so this is {own}")
     answer = args.answer if prediction is None else prediction.id
     result = direct_logit_attribution(
         model, args.prompt, answer, incorrect(args), unit=args.unit, pos=args.pos
@@ -118,8 +117,8 @@ def read_stdin(args: argparse.Namespace) -> None:
         args.prompt = sys.stdin.read().removesuffix("\n")
 
 
-def incorrect(args: argparse.Namespace) -> str | list[str] | None:
-    """One incorrect answer as a string (`mean` is the vocabulary's mean), several as a list."""
+def incorrect(args: argparse.Namespace) -> str | int | list[str | int] | None:
+    """One incorrect answer by itself (`mean` is the vocabulary's mean), several as a list."""
     return args.incorrect[0] if args.incorrect and len(args.incorrect) == 1 else args.incorrect
 
 
