@@ -11,46 +11,62 @@ if TYPE_CHECKING:
     from tl_dla.attention import HeadPattern as HeadPattern
     from tl_dla.attention import top_heads_with_patterns as top_heads_with_patterns
     from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
+    from tl_dla.audit import Audit as Audit
     from tl_dla.checking import check_model as check_model
     from tl_dla.dataset import attribute_dataset as attribute_dataset
     from tl_dla.dataset import summarize as summarize
+    from tl_dla.erasure import Erasures as Erasures
+    from tl_dla.erasure import erasures as erasures
     from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
     from tl_dla.errors import ReconstructionError as ReconstructionError
     from tl_dla.errors import TlDlaError as TlDlaError
     from tl_dla.errors import TokenError as TokenError
     from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
+    from tl_dla.interventions import ablate as ablate
     from tl_dla.lens import LogitLens as LogitLens
     from tl_dla.lens import logit_lens as logit_lens
     from tl_dla.loading import load_model as load_model
     from tl_dla.readout import Readout as Readout
+    from tl_dla.recomputed import direct_effect_recomputed as direct_effect_recomputed
     from tl_dla.reconstruction import Reconstruction as Reconstruction
+    from tl_dla.repair import SelfRepair as SelfRepair
+    from tl_dla.repair import self_repair as self_repair
     from tl_dla.residual import ResidualStack as ResidualStack
     from tl_dla.residual import decompose as decompose
     from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
     from tl_dla.summary import DatasetAttribution as DatasetAttribution
+    from tl_dla.suppression import copy_suppression as copy_suppression
     from tl_dla.units import required_hooks as required_hooks
 
 _MODULES = {
     "HeadPattern": "attention",
     "top_heads_with_patterns": "attention",
     "direct_logit_attribution": "attribution",
+    "Audit": "audit",
     "check_model": "checking",
     "attribute_dataset": "dataset",
     "summarize": "dataset",
+    "Erasures": "erasure",
+    "erasures": "erasure",
     "IncompleteCacheError": "errors",
     "ReconstructionError": "errors",
     "TlDlaError": "errors",
     "TokenError": "errors",
     "UnsupportedModelError": "errors",
+    "ablate": "interventions",
     "LogitLens": "lens",
     "logit_lens": "lens",
     "load_model": "loading",
     "Readout": "readout",
+    "direct_effect_recomputed": "recomputed",
     "Reconstruction": "reconstruction",
+    "SelfRepair": "repair",
+    "self_repair": "repair",
     "ResidualStack": "residual",
     "decompose": "residual",
     "DirectLogitAttribution": "result",
     "DatasetAttribution": "summary",
+    "copy_suppression": "suppression",
     "required_hooks": "units",
 }
 __all__ = list(_MODULES)

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,9 +15,13 @@ from tl_dla.recording import Recording
 from tl_dla.tokens import Positions, Prompts, Targets, token_strings
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
     import pandas as pd
     import plotly.graph_objects as go
 
+    from tl_dla.audit import Audit
     from tl_dla.units import Plan
 
 _SHOWN = 12
@@ -225,6 +228,24 @@ class DirectLogitAttribution:
         from tl_dla import plots
 
         return plots.plot(self, **options)
+
+    def audit(self, k: int = 10, **options: Any) -> "Audit":
+        """The k largest rows beside what intervention says of them; see `tl_dla.audit`."""
+        from tl_dla.audit import audit
+
+        return audit(self, k, **options)
+
+    def report(self, path: "str | PathLike[str]", **options: Any) -> "Path":
+        """Write one self-contained HTML page; see `tl_dla.report.write_report`."""
+        from tl_dla.report import write_report
+
+        return write_report(self, path, **options)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the rows that matter as bars, and the certificate."""
+        from tl_dla.table import notebook_html
+
+        return notebook_html(self)
 
     def __repr__(self) -> str:
         """The rows that matter, the total, the model's own logit and the certificate."""

@@ -1,0 +1,262 @@
+"""`audit`: what the largest rows do not tell, measured beside them.
+
+    direct             the row: its direct effect, the final norm's scale held fixed
+    direct_recomputed  the same, the final norm free to rescale          (`recomputed.py`)
+    total              logit − logit of a run in which it is ablated     (`interventions.py`)
+    indirect           total − direct: what goes through later parts
+
+and for each row what later parts give back (`repair.py`), how much of its write is left at the end
+(`erasure.py`), and for a negative head how much of it suppresses a copy of the answer
+(`suppression.py`). In logits. Positive means that the row raises the logit, everywhere.
+
+Where these numbers disagree enough to change what a reader would conclude, a flag says so, with
+what it means and which experiment settles it. Flags judge means over prompts and positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.erasure import Erasures, erasures
+from tl_dla.errors import ArgumentError
+from tl_dla.flags import FLAGS, Flag, flags_of, where
+from tl_dla.interventions import (
+    ABLATABLE,
+    Ablation,
+    At,
+    Group,
+    name_groups,
+    require_input,
+    run_ablated,
+)
+from tl_dla.recomputed import FinalLogits, written
+from tl_dla.recording import Probe
+from tl_dla.repair import SelfRepair, compare
+from tl_dla.residual import ResidualStack, vector_probes, walk
+from tl_dla.result import DirectLogitAttribution
+from tl_dla.suppression import copy_suppression
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_VECTOR = "vector of "
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit:
+    """The largest rows of an attribution beside what intervention says of them, in logits.
+
+    Attributes:
+        result: the attribution audited.
+        rows: the rows, or groups of rows, largest first.
+        direct: their direct effects, `[row, *batch_and_pos]`. With `ablation="mean"` and
+            `"resample"`, of the difference between what is there and what is put there.
+        direct_recomputed: the same with the final norm rescaling.
+        total: the logit, less that of the ablated run.
+        repairs: for each row where direct − total goes.
+        erasures: what later rows remove of each single row.
+        suppression: for each negative head the share of its row from source tokens that are the
+            answer; NaN for other rows.
+        ablation, at: what was written instead of the rows, and where.
+    """
+
+    result: DirectLogitAttribution
+    rows: list[str]
+    direct: Float[Tensor, " row *batch_and_pos"]
+    direct_recomputed: Float[Tensor, " row *batch_and_pos"]
+    total: Float[Tensor, " row *batch_and_pos"]
+    repairs: dict[str, SelfRepair]
+    erasures: Erasures
+    suppression: Float[Tensor, " row *batch_and_pos"]
+    ablation: Ablation
+    at: At
+
+    @property
+    def indirect(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """What goes through later parts: total − direct."""
+        return self.total - self.direct
+
+    @property
+    def left(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """How much of each row's write is left at the end; NaN for groups of rows."""
+        left = dict(zip(self.erasures.writers, self.erasures.left, strict=True))
+        nothing = torch.full_like(self.result.logit, torch.nan)
+        return torch.stack([left.get(row, nothing) for row in self.rows])
+
+    @cached_property
+    def flags(self) -> list[Flag]:
+        """What a reader of the rows should know, the largest row first."""
+        return [flag for i in range(len(self.rows)) for flag in flags_of(self, i)]
+
+    @property
+    def sentences(self) -> list[str]:
+        """The flags, in words."""
+        return [flag.sentence for flag in self.flags]
+
+    def to_dataframe(self, *, by_prompt: bool = False) -> "pd.DataFrame":
+        """One line per row, as means over prompts and positions, with the flags.
+
+        Columns: `row`, `direct`, `direct_recomputed`, `total`, `indirect`; what is given back when
+        the row is ablated: `repair_attention`, `repair_mlps`, `repair_norm`; `left` (of the write,
+        at the end), `copy_share`; and a column of booleans for each of the flags.
+
+        Args:
+            by_prompt: one line per row, prompt and position instead, without flags.
+        """
+        import pandas as pd
+
+        parts = {
+            "direct": self.direct,
+            "direct_recomputed": self.direct_recomputed,
+            "total": self.total,
+            "indirect": self.indirect,
+            "repair_attention": self._repairs("attention"),
+            "repair_mlps": self._repairs("mlps"),
+            "repair_norm": self._repairs("norm"),
+            "left": self.left,
+            "copy_share": self.suppression,
+        }
+        n = len(self.rows)
+        if not by_prompt:
+            means = {name: x.reshape(n, -1).nanmean(1).tolist() for name, x in parts.items()}
+            raised = {(flag.row, flag.name) for flag in self.flags}
+            flags = {name: [(row, name) in raised for row in self.rows] for name in FLAGS}
+            return pd.DataFrame({"row": self.rows, **means, **flags})
+        positions = self.result.positions
+        places = positions.valid.nonzero()
+        index = positions.index[tuple(places.T)].tolist()
+        lines = []
+        for i, row in enumerate(self.rows):
+            values = {
+                name: (x.unsqueeze(2) if positions.single else x)[i][tuple(places.T)].tolist()
+                for name, x in parts.items()
+            }
+            where = {"prompt": places[:, 0].tolist(), "position": index}
+            lines.append(pd.DataFrame({"row": row, **where, **values}))
+        return pd.concat(lines, ignore_index=True)
+
+    def _repairs(self, part: str) -> Float[Tensor, " row *batch_and_pos"]:
+        return torch.stack([getattr(self.repairs[row], part) for row in self.rows])
+
+    def __repr__(self) -> str:
+        """The table, and a sentence for each flag."""
+        columns = ["row", "direct", "direct_recomputed", "total", "indirect", "left"]
+        table = self.to_dataframe()[columns].rename(columns={"direct_recomputed": "recomputed"})
+        lines = [
+            f"Audit of {self.result.target}: the {len(self.rows)} rows,"
+            f" {self.ablation}-ablated at {where(self)} (logits, means)",
+            table.to_string(index=False, float_format="{:+.3f}".format),
+        ]
+        return "\n".join([*lines, *[f"- {sentence}" for sentence in self.sentences]])
+
+
+def audit(
+    result: DirectLogitAttribution,
+    k: int = 10,
+    *,
+    rows: Sequence[Group] | None = None,
+    ablation: Ablation = "zero",
+    at: At = "position",
+    reference: Any = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Audit:
+    """Put what direct effects do not tell beside the k largest rows.
+
+    Args:
+        result: an attribution with `unit="component"` or `"head"`, of one logit or difference.
+        k: how many rows, by mean absolute value, of those that can be ablated.
+        rows: these rows instead; a list of labels among them is ablated together.
+        ablation: what is written instead: as in `ablate`.
+        at: the attributed positions only, or `"all"` tokens: as in `ablate`.
+        reference: as in `ablate`.
+        batch_size: prompts in one forward pass: as in `ablate`.
+        progress: show a progress bar.
+
+    Returns:
+        An `Audit`: a table, and a sentence for each flag.
+
+    Raises:
+        ArgumentError: for other units, for candidates, for rows that cannot be ablated.
+        UnsupportedModelError: where the model's output transform cannot be applied again.
+
+    Example:
+        >>> from tl_dla import direct_logit_attribution, load_model
+        >>> result = direct_logit_attribution(
+        ...     load_model("demo"), "The Eiffel Tower is in the city of", " Paris", unit="head"
+        ... )
+        >>> table = audit(result, k=3, progress=False).to_dataframe()
+        >>> list(table.columns[:5])
+        ['row', 'direct', 'direct_recomputed', 'total', 'indirect']
+    """
+    if result.targets.candidates is not None:
+        raise ArgumentError(
+            "A result over candidates has several logits: audit the attribution of one of them."
+        )
+    require_input(result)
+    stack = written(result)
+    groups = name_groups(_largest(result, k) if rows is None else rows)
+    final = FinalLogits(result, stack)
+    reader, unit = result.plan.reader, result.plan.unit
+    # Nothing is left of a row that is zero-ablated; of others it is what stands in its place.
+    probes = [] if ablation == "zero" else vector_probes(reader, unit)
+    runs = run_ablated(
+        result,
+        groups,
+        ablation=ablation,
+        at=at,
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+        probes=[Probe(_VECTOR + p.key, p.site, p.read, p.whole) for p in probes],
+    )
+    repairs, recomputed = {}, []
+    for name, labels in groups.items():
+        repairs[name] = compare(result, name, labels, runs[name])
+        removed = _added(stack, labels)
+        if probes:
+            removed = removed - _added(_stack_of(runs[name]), labels)
+        recomputed.append(final.effect_of(removed))
+    single = [labels[0] for labels in groups.values() if len(labels) == 1]
+    return Audit(
+        result=result,
+        rows=list(groups),
+        direct=torch.stack([repairs[name].direct for name in groups]),
+        direct_recomputed=torch.stack(recomputed),
+        total=torch.stack([repairs[name].total for name in groups]),
+        repairs=repairs,
+        erasures=erasures(result, single, stack=stack),
+        suppression=copy_suppression(result, list(groups)),
+        ablation=ablation,
+        at=at,
+    )
+
+
+def _largest(result: DirectLogitAttribution, k: int) -> list[str]:
+    if k < 1:
+        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    size = result.attribution.abs().reshape(len(result), -1).nanmean(1)
+    order = size.argsort(descending=True, stable=True).tolist()
+    return [result.labels[i] for i in order if result.kinds[i] in ABLATABLE][:k]
+
+
+def _added(stack: ResidualStack, labels: Sequence[str]) -> Float[Tensor, "*batch_and_pos d_model"]:
+    """What rows wrote together."""
+    return torch.stack([stack[label] for label in labels]).sum(0)
+
+
+def _stack_of(ablated: DirectLogitAttribution) -> ResidualStack:
+    values = {
+        key.removeprefix(_VECTOR): value
+        for key, value in ablated.seen.values.items()
+        if key.startswith(_VECTOR)
+    }
+    rows, _, _ = walk(ablated.plan.reader, values, ablated.plan.unit)
+    vectors = torch.stack([ablated.positions.squeeze(row.value) for row in rows])
+    names, kinds, layers = zip(*((r.label, r.kind, r.layer) for r in rows), strict=True)
+    return ResidualStack(vectors, list(names), list(kinds), list(layers))

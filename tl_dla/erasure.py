@@ -1,0 +1,203 @@
+"""`erasures`: how much of what a row wrote later rows remove again.
+
+What a row wrote, a, is read off the stream at the end, where later rows b may have taken it out.
+The projection ratio of a later write on the earlier one,
+
+    ratio = ⟨b, a⟩ / ⟨a, a⟩,        b = ratio · a + (a part at right angles to a)
+
+is −1 where the later row erases all of it, +1 where it writes the same again. Read out, b's part
+along a is worth `ratio × row` logits, and 1 + Σ ratio over all later rows says how much of the
+write is left at the end. Vectors are those of the final residual stream (through post-norms,
+frozen), centred where the final norm centres. Over prompts and positions, an eraser's row is
+anticorrelated with its writer's.
+
+Writing and erasing as in Janiak et al. 2023 (https://arxiv.org/abs/2310.07325), an adversarial
+example for direct logit attribution: both rows are large, and their sum is what matters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_dla.errors import ArgumentError
+from tl_dla.model import Point
+from tl_dla.recomputed import written
+from tl_dla.residual import ResidualStack
+from tl_dla.result import DirectLogitAttribution
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NO_WRITERS = ("bias", "rest", "residual")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Erasures:
+    """Earlier writes against later ones.
+
+    Attributes:
+        writers: the earlier rows.
+        labels: all rows.
+        ratio: projection ratio of each row on each writer, `[writer, row, *batch_and_pos]`; 0 where
+            the row is not later than the writer.
+        later: which rows are later than which writers, `[writer, row]`.
+        direct: the rows' direct effects in logits, `[row, *batch_and_pos]`.
+        norm: the length of what each writer wrote, `[writer, *batch_and_pos]`.
+    """
+
+    writers: list[str]
+    labels: list[str]
+    ratio: Float[Tensor, "writer row *batch_and_pos"]
+    later: Bool[Tensor, "writer row"]
+    direct: Float[Tensor, " row *batch_and_pos"]
+    norm: Float[Tensor, " writer *batch_and_pos"]
+
+    @property
+    def left(self) -> Float[Tensor, " writer *batch_and_pos"]:
+        """How much of each write is left along its own direction after all later rows.
+
+        1 for all of it, 0 for none, above 1 where later rows write it again.
+        """
+        return 1 + self.ratio.sum(1)
+
+    @property
+    def logits(self) -> Float[Tensor, "writer row *batch_and_pos"]:
+        """What each later row writes along the writer's direction, in logits.
+
+        ratio × the writer's row: opposite to it where the later row erases.
+        """
+        rows = [self.labels.index(writer) for writer in self.writers]
+        return self.ratio * self.direct[rows][:, None]
+
+    @property
+    def correlation(self) -> Float[Tensor, "writer row"]:
+        """Correlation of the pair's rows over prompts and positions; NaN for fewer than three."""
+        rows = [self.labels.index(writer) for writer in self.writers]
+        samples = self.direct.reshape(len(self.labels), -1)
+        samples = samples[:, ~samples.isnan().any(0)]
+        if samples.shape[1] < 3:
+            return torch.full(self.later.shape, torch.nan)
+        centred = samples - samples.mean(1, keepdim=True)
+        unit = centred / centred.norm(dim=1, keepdim=True)
+        return unit[rows] @ unit.mT
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Writers and erasers, the pair that removes most logits first.
+
+        Every number is a mean over prompts and positions. Columns: `writer`, `eraser`,
+        `projection_ratio`, `logits` (what the eraser writes along the writer's direction), `norm`
+        (the same in residual norm), `writer_direct`, `eraser_direct`, `net` (their sum),
+        `correlation`.
+        """
+        import pandas as pd
+
+        def mean(x: Tensor) -> Tensor:
+            return x.reshape(*x.shape[:2], -1).nanmean(-1)
+
+        ratio, logits = mean(self.ratio), mean(self.logits)
+        norm = mean(self.ratio * self.norm[:, None])
+        direct = self.direct.reshape(len(self.labels), -1).nanmean(-1)
+        correlation = self.correlation
+        pairs = (self.later & (ratio < 0)).nonzero().tolist()
+        pairs.sort(key=lambda pair: -abs(float(logits[pair[0], pair[1]])))
+        lines = []
+        for i, j in pairs:
+            own = float(direct[self.labels.index(self.writers[i])])
+            lines.append(
+                {
+                    "writer": self.writers[i],
+                    "eraser": self.labels[j],
+                    "projection_ratio": float(ratio[i, j]),
+                    "logits": float(logits[i, j]),
+                    "norm": float(norm[i, j]),
+                    "writer_direct": own,
+                    "eraser_direct": float(direct[j]),
+                    "net": own + float(direct[j]),
+                    "correlation": float(correlation[i, j]),
+                }
+            )
+        return pd.DataFrame(lines, columns=_COLUMNS)
+
+    def __repr__(self) -> str:
+        """The pairs that remove most."""
+        table = self.to_dataframe().head(8)
+        head = f"Erasures: {len(self.writers)} writers against the rows after them (means)"
+        return f"{head}\n{table.to_string(index=False, float_format='{:+.3f}'.format)}"
+
+
+_COLUMNS = ["writer", "eraser", "projection_ratio", "logits", "norm"]
+_COLUMNS += ["writer_direct", "eraser_direct", "net", "correlation"]
+
+
+def erasures(
+    result: DirectLogitAttribution,
+    writers: Sequence[str] | None = None,
+    *,
+    stack: ResidualStack | None = None,
+) -> Erasures:
+    """How much of what each writer wrote is removed by each later row.
+
+    Args:
+        result: an attribution with `unit="component"` or `"head"`; over many prompts, for the
+            correlations.
+        writers: the rows to follow; all that write, if not given.
+        stack: what the rows wrote, where it is at hand (`decompose`); else the model runs once.
+
+    Raises:
+        ArgumentError: for a row that is no writer, or another unit.
+
+    Example:
+        >>> from tl_dla import direct_logit_attribution, load_model
+        >>> result = direct_logit_attribution(
+        ...     load_model("demo"), "The Eiffel Tower is in the city of", " Paris", unit="head"
+        ... )
+        >>> pairs = erasures(result).to_dataframe()
+        >>> bool((pairs["projection_ratio"] < 0).all())
+        True
+    """
+    stack = written(result) if stack is None else stack
+    kinds = dict(zip(result.labels, result.kinds, strict=True))
+    if writers is None:
+        writers = [label for label in stack.labels if kinds.get(label, "rest") not in _NO_WRITERS]
+    for label in writers:
+        result[label]  # an unknown label has its own message
+        if kinds[label] in _NO_WRITERS or label not in stack.labels:
+            raise ArgumentError(f"Row {label!r} (kind {kinds[label]!r}) writes nothing of its own.")
+    shared = [label for label in stack.labels if label in kinds]
+    vectors = torch.stack([stack[label] for label in shared])
+    norm = result.plan.stream.norm
+    if norm is not None and norm.centred:
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    order = _order(result, shared)
+    own = torch.tensor([order[label] for label in writers])
+    later = torch.tensor([order[label] for label in shared]) > own[:, None]
+    rows = [shared.index(label) for label in writers]
+    dots = torch.stack([(vectors * vectors[i]).sum(-1) for i in rows])
+    squares = vectors[rows].square().sum(-1)
+    ratio = dots / squares[:, None]
+    ratio = torch.where(later.view(*later.shape, *[1] * (ratio.ndim - 2)), ratio, 0.0)
+    ratio = torch.where(result.attribution[0].isnan(), torch.nan, ratio)
+    direct = torch.stack([result[label] for label in shared])
+    return Erasures(list(writers), shared, ratio, later, direct, squares.sqrt())
+
+
+def _order(result: DirectLogitAttribution, labels: Sequence[str]) -> dict[str, int]:
+    """When each row is written.
+
+    An MLP comes after the attention of its own block only where the stream can be seen between
+    them: in a parallel block neither reads the other.
+    """
+    steps = result.plan.stream.steps
+    middles = {s.layer for s in steps if isinstance(s, Point) and not s.block}
+    layers = dict(zip(result.labels, result.layers, strict=True))
+    kinds = dict(zip(result.labels, result.kinds, strict=True))
+    order = {}
+    for label in labels:
+        layer = layers[label]
+        after = kinds[label] == "mlp" and layer in middles
+        order[label] = -1 if layer is None else 2 * layer + int(after)
+    return order

@@ -1,0 +1,177 @@
+"""`direct_effect_recomputed`: a row's direct effect when the final norm may rescale.
+
+A row of direct logit attribution is read at the final norm's scale of the whole stream. Take what
+the row wrote, c, out of the final residual stream x, and the norm rescales what is left:
+
+    direct, frozen      logit(x) − logit of x − c, the scale kept
+    direct, recomputed  logit(x) − logit of x − c, the scale that of x − c
+
+Both leave everything before the final norm as it was. The second needs no forward pass: with ⟨,⟩
+the dot product over d_model (of the centred vectors for LayerNorm),
+
+    s(x − c)² = (⟨x, x⟩ − 2⟨x, c⟩ + ⟨c, c⟩) / d_model + ε
+
+and the raw logit of x − c is that of x less that of c, both over the new scale. Biases, a logit
+multiplier and a soft cap are applied to the recomputed logits themselves. In logits; rows no
+longer add up, which is the price of not holding the scale fixed. The exact direct effect of
+Heimersheim et al. 2025 (https://arxiv.org/abs/2507.02559), who measure how far the frozen one is
+from it.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.attribution import output_transform
+from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.interventions import added_up, require_input
+from tl_dla.recording import Probe, run
+from tl_dla.residual import ResidualStack, vector_probes, walk
+from tl_dla.result import DirectLogitAttribution
+
+
+def direct_effect_recomputed(
+    result: DirectLogitAttribution, stack: ResidualStack | None = None
+) -> Float[Tensor, " row *batch_and_pos"]:
+    """The change of the logit when each row is taken out of the stream and the final norm rescales.
+
+    Beside `result.attribution`, which holds the norm's scale fixed.
+
+    Args:
+        result: an attribution with `unit="component"` or `"head"`.
+        stack: what the rows wrote, where it is at hand (`decompose` of the same run, at the same
+            positions); nothing is run then. Without it the model runs once.
+
+    Returns:
+        `[row, *batch_and_pos]` in logits, in the order of `result.labels`: positive where the row
+        raises the logit. NaN for a `_rest` row that is rounding as a vector.
+
+    Raises:
+        ArgumentError: for another unit, or a stack whose rows are not those of the result.
+        UnsupportedModelError: where the model's output transform cannot be applied again.
+
+    Example:
+        >>> from tl_dla import direct_logit_attribution, load_model
+        >>> result = direct_logit_attribution(
+        ...     load_model("demo"), "The Eiffel Tower is in the city of", " Paris", unit="head"
+        ... )
+        >>> gap = direct_effect_recomputed(result) - result.attribution
+        >>> gap.shape == result.attribution.shape
+        True
+    """
+    stack = written(result) if stack is None else stack
+    rows = {label: i for i, label in enumerate(stack.labels)}
+    final = FinalLogits(result, stack)
+    values = []
+    for label, kind in zip(result.labels, result.kinds, strict=True):
+        if label in rows:
+            values.append(final.effect_of(stack.vectors[rows[label]]))
+        elif label in ("ln_final.b", "b_U"):
+            values.append(final.effect_of_bias(label))
+        elif kind == "rest":
+            values.append(torch.full_like(result.logit, torch.nan))
+        else:
+            raise ArgumentError(
+                f"The stack lacks row {label!r} of the result: decompose the same run with"
+                f' unit="{result.unit}".'
+            )
+    return torch.stack(values)
+
+
+def written(result: DirectLogitAttribution) -> ResidualStack:
+    """What each row of the result wrote at the attributed positions, by one forward pass."""
+    require_input(result)
+    if result.unit not in ("component", "head"):
+        raise ArgumentError(
+            f'What rows wrote is known for unit="component" and unit="head", not for'
+            f' "{result.unit}": attribute with one of them.'
+        )
+    reader, unit = result.plan.reader, result.plan.unit
+    probes: list[Probe] = vector_probes(reader, unit)
+    seen = run(result.model, result.prompts, result.positions, probes, None).values
+    rows, _, _ = walk(reader, seen, unit)
+    vectors = torch.stack([result.positions.squeeze(row.value) for row in rows])
+    names, kinds, layers = zip(*((r.label, r.kind, r.layer) for r in rows), strict=True)
+    return ResidualStack(vectors, list(names), list(kinds), list(layers))
+
+
+class FinalLogits:
+    """The target tokens' logits of a final residual stream, before and after taking a row out.
+
+    Dot products are in float64: a row may be nearly all of the stream, and what is left small.
+    """
+
+    def __init__(self, result: DirectLogitAttribution, stack: ResidualStack) -> None:
+        self.result, self.plan = result, result.plan
+        self.norm = self.plan.stream.norm
+        x = self._with_axes(stack.vectors.sum(0, dtype=torch.float64))
+        self.x, self.x_w = self._kept(x), self.plan.logit.contract(x)
+        self.constant = self._bias(self.plan.final_beta) + self._bias(self.plan.b_U)
+        self.raw = self.x_w / self._scale(None)[..., None] + self.constant
+        self._require_transform()
+
+    def effect_of(
+        self, vector: Float[Tensor, "*batch_and_pos d_model"]
+    ) -> Float[Tensor, "*batch_and_pos"]:
+        """The logit, less that of the stream without this vector, the norm rescaling."""
+        c = self._with_axes(vector.double())
+        left = (self.x_w - self.plan.logit.contract(c)) / self._scale(self._kept(c))[..., None]
+        return self._change(left + self.constant)
+
+    def effect_of_bias(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
+        """The same for `ln_final.b` and `b_U`, which are not in the stream."""
+        bias = self.plan.final_beta if label == "ln_final.b" else self.plan.b_U
+        return self._change(self.raw - self._bias(bias))
+
+    def _change(self, raw: Float[Tensor, "batch pos token"]) -> Float[Tensor, "*batch_and_pos"]:
+        model = self.result.model
+        change = output_transform(model, self.raw) - output_transform(model, raw)
+        return added_up(self.result, change).to(self.result.attribution.dtype)
+
+    def _with_axes(self, vector: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        """With the position axis, where the result dropped it."""
+        return vector.unsqueeze(1) if self.result.positions.single else vector
+
+    def _scale(
+        self, without: Float[Tensor, "batch pos d_model"] | None
+    ) -> Float[Tensor, "batch pos"]:
+        """The norm's scale of the stream, or of the stream without a vector."""
+        if self.norm is None:
+            return torch.ones_like(self.x[..., 0])
+        square = self.x.square().sum(-1)
+        if without is not None:
+            square = square - 2 * (self.x * without).sum(-1) + without.square().sum(-1)
+        return (square.clamp(min=0.0) / self.x.shape[-1] + self.norm.eps).sqrt()
+
+    def _kept(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The part of a vector that the norm sees."""
+        x = x.double()
+        centred = self.norm is not None and self.norm.centred
+        return x - x.mean(-1, keepdim=True) if centred else x
+
+    def _bias(self, bias: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.x_w) if bias is None else bias.double().expand_as(self.x_w)
+
+    def _require_transform(self) -> None:
+        """The output transform as it is known here must give the logits that the model returned."""
+        model, seen = self.result.model, self.result.seen
+        logits = output_transform(model, self.raw)
+        linear = torch.allclose(output_transform(model, 2 * self.raw), 2 * logits, rtol=1e-9)
+        if self.result.targets.mean_of_vocab and not linear:
+            raise UnsupportedModelError(
+                "This model caps its logits, and the mean of capped logits cannot be recomputed"
+                ' from the target tokens: give incorrect_tokens in place of "mean".'
+            )
+        if seen.logits is None:
+            return
+        # What rounding in the model's dtype can do to a dot product of this size, many times over.
+        eps = 64 * torch.finfo(self.plan.reader.dtype).eps
+        size = (self.x[..., None, :] * self.plan.logit.direction.double()).norm(dim=-1)
+        allowed = eps * (size / self._scale(None)[..., None] + seen.logits.abs())
+        miss = (logits - seen.logits).abs()
+        if bool((miss > allowed)[self.result.positions.valid].any()):
+            raise UnsupportedModelError(
+                f"The logits recomputed from the final residual stream miss those that"
+                f" {self.plan.reader.architecture} returned by {float(miss.max()):.3g}: its output"
+                " transform is not understood, so a rescaled logit cannot be had."
+            )

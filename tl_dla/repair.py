@@ -1,0 +1,219 @@
+"""`self_repair`: what the rest of the model gives back when a row is ablated.
+
+Ablate a row and the logit changes by less, or more, than the row: later heads and MLPs read the
+changed stream, and the final norm rescales what is left. With every row read at the clean run's
+final scale s, and s' the ablated run's,
+
+    logit' − logit  =  − direct                              the row itself
+                       + Σ over the other rows  r'·s'/s − r    what they write instead, read at s
+                       + Σ over all rows  r' − r'·s'/s         the final norm's rescaling
+                       + softcap                             how the cap's ratio moves
+
+which is exact, since the rows of both runs add up to their logits. Self-repair is everything but
+the first line: repair = (logit' − logit) + direct = direct − total = −indirect. Positive repair of
+a positive row means that its loss is made good; a share above 1 overcorrects. In logits.
+
+Defined as in Rushing and Nanda 2024 (https://arxiv.org/abs/2402.15390), who call the norm's part
+LayerNorm self-repair; see also McGrath et al. 2023 (https://arxiv.org/abs/2307.15771).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.attribution import output_transform
+from tl_dla.interventions import Ablation, At, Group, ablate, added_up, name_groups
+from tl_dla.model import Kind
+from tl_dla.result import DirectLogitAttribution
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ATTENTION = ("head", "attn", "ssm", "source")
+_MLPS = ("mlp", "neuron", "expert")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SelfRepair:
+    """Where the difference between a row and the effect of ablating it comes from, in logits.
+
+    Attributes:
+        name: the row, or rows, ablated.
+        direct: the row's direct effect, `[*batch_and_pos]`.
+        total: logit − logit of the ablated run, `[*batch_and_pos]`.
+        change: what each other row writes more in the ablated run, read at the clean run's final
+            scale, `[row, *batch_and_pos]`.
+        labels, kinds: of the rows of `change`.
+        norm: what the final norm's new scale adds, `[*batch_and_pos]`.
+        softcap: what the soft cap's new ratio adds, `[*batch_and_pos]`.
+    """
+
+    name: str
+    direct: Float[Tensor, "*batch_and_pos"]
+    total: Float[Tensor, "*batch_and_pos"]
+    change: Float[Tensor, " row *batch_and_pos"]
+    labels: list[str]
+    kinds: list[Kind]
+    norm: Float[Tensor, "*batch_and_pos"]
+    softcap: Float[Tensor, "*batch_and_pos"]
+
+    @property
+    def repair(self) -> Float[Tensor, "*batch_and_pos"]:
+        """Everything that is given back: direct − total."""
+        return self.direct - self.total
+
+    @property
+    def attention(self) -> Float[Tensor, "*batch_and_pos"]:
+        """What other heads (or attention layers, or mixers) give back."""
+        return self._of(_ATTENTION)
+
+    @property
+    def mlps(self) -> Float[Tensor, "*batch_and_pos"]:
+        """What MLPs give back."""
+        return self._of(_MLPS)
+
+    @property
+    def other(self) -> Float[Tensor, "*batch_and_pos"]:
+        """What biases behind a rescaled post-norm and unexplained rows give back."""
+        return self.change.sum(0) - self.attention - self.mlps
+
+    @property
+    def share(self) -> Float[Tensor, "*batch_and_pos"]:
+        """Over direct: 0 for none, 1 for all of it, above 1 for more than all."""
+        return self.repair / self.direct
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The k rows that change most, as `(label, mean change)`, largest first."""
+        means = self.change.reshape(len(self.labels), -1).nanmean(1)
+        order = means.abs().argsort(descending=True)[:k].tolist()
+        return [(self.labels[i], float(means[i])) for i in order]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One line per part, as means over prompts and positions.
+
+        Columns: `part`, `logits` and `share` (of the direct effect). The parts from `attention` to
+        `softcap` add up to `repair`.
+        """
+        import pandas as pd
+
+        parts = ["direct", "total", "repair", "attention", "mlps", "other", "norm", "softcap"]
+        logits = [float(getattr(self, part).nanmean()) for part in parts]
+        share = [value / logits[0] for value in logits]
+        return pd.DataFrame({"part": parts, "logits": logits, "share": share})
+
+    def _of(self, kinds: tuple[str, ...]) -> Tensor:
+        rows = [i for i, kind in enumerate(self.kinds) if kind in kinds]
+        return self.change[rows].sum(0)
+
+    def __repr__(self) -> str:
+        """The parts, as means over prompts and positions."""
+        lines = [f"SelfRepair of {self.name} (logits, mean over prompts and positions)"]
+        for part, logits, share in self.to_dataframe().itertuples(index=False):
+            lines.append(f"  {part:>9}  {logits:+9.4f}  {share:+8.1%} of direct")
+        changes = ", ".join(f"{label} {value:+.3f}" for label, value in self.top(4))
+        return "\n".join([*lines, f"  most changed: {changes}"])
+
+
+def self_repair(
+    result: DirectLogitAttribution,
+    rows: Group,
+    *,
+    ablation: Ablation = "zero",
+    at: At = "position",
+    reference: Any = None,
+) -> SelfRepair:
+    """What the rest of the model gives back when a row (or several, together) is ablated.
+
+    Args:
+        result: the attribution; with `unit="head"`, repair is told head by head.
+        rows: a label, or a list of labels ablated together.
+        ablation: as in `ablate`.
+        at: as in `ablate`.
+        reference: as in `ablate`.
+
+    Returns:
+        A `SelfRepair`, whose parts add up to the measured difference.
+
+    Raises:
+        ArgumentError, ReconstructionError: as in `ablate`.
+
+    Example:
+        >>> from tl_dla import direct_logit_attribution, load_model
+        >>> result = direct_logit_attribution(
+        ...     load_model("demo"), "The Eiffel Tower is in the city of", " Paris", unit="head"
+        ... )
+        >>> repair = self_repair(result, "L0H1")
+        >>> given_back = repair.attention + repair.mlps + repair.other + repair.norm
+        >>> bool((given_back - repair.repair).abs().max() < 1e-3)
+        True
+    """
+    ((name, labels),) = name_groups([rows]).items()
+    runs = ablate(result, [rows], ablation=ablation, at=at, reference=reference, progress=False)
+    return compare(result, name, labels, runs[name])
+
+
+def compare(
+    result: DirectLogitAttribution,
+    name: str,
+    ablated_rows: Sequence[str],
+    ablated: DirectLogitAttribution,
+) -> SelfRepair:
+    """The parts, from the clean run and the ablated one."""
+    before, after = _stream_rows(result), _stream_rows(ablated)
+    # The ablated run's rows, read at the clean run's final scale.
+    rescale = (_final_scale(ablated) / _final_scale(result))[..., None]
+    zero = torch.zeros_like(result.ratio)
+    labels = list(dict.fromkeys([*before, *after]))
+    change = {
+        label: added_up(
+            result,
+            (after[label][1] * rescale if label in after else zero) * result.ratio
+            - (before[label][1] if label in before else zero) * result.ratio,
+        )
+        for label in labels
+    }
+    norm = sum((value for _, value in after.values()), zero) * (1 - rescale)
+    logits, raw = ablated.seen.logits, ablated.seen.raw
+    assert logits is not None and raw is not None
+    others = [label for label in labels if label not in ablated_rows]
+    kinds = {label: kind for label, (kind, _) in (after | before).items()}
+    return SelfRepair(
+        name=name,
+        direct=-sum((change[label] for label in ablated_rows), torch.zeros_like(result.logit)),
+        total=added_up(result, model_logits(result) - logits.to(zero)),
+        change=torch.stack([change[label] for label in others]),
+        labels=others,
+        kinds=[kinds[label] for label in others],
+        norm=added_up(result, norm * result.ratio),
+        softcap=added_up(result, logits.to(zero) - raw.to(zero) * result.ratio),
+    )
+
+
+def model_logits(result: DirectLogitAttribution) -> Float[Tensor, "batch pos token"]:
+    """The target tokens' logits; read out of the cache's final stream where no model ran."""
+    if result.seen.logits is not None:
+        return result.seen.logits.to(result.ratio)
+    raw = result.plan.rows(result.seen).total
+    if not result.plan.include_bias:
+        for bias in (result.plan.final_beta, result.plan.b_U):
+            raw = raw if bias is None else raw + bias.to(raw)
+    return output_transform(result.model, raw)
+
+
+def _stream_rows(result: DirectLogitAttribution) -> dict[str, tuple[Kind, Tensor]]:
+    """The rows in the final residual stream, before the output transform, by label."""
+    rows = result.plan.rows(result.seen).rows
+    return {
+        row.label: (row.kind, row.value) for row in rows if row.label not in ("ln_final.b", "b_U")
+    }
+
+
+def _final_scale(result: DirectLogitAttribution) -> Float[Tensor, "batch pos"]:
+    norm = result.plan.stream.norm
+    if norm is None:
+        return torch.ones_like(result.ratio[..., 0])
+    return result.seen.values[norm.name].to(result.ratio)
