@@ -119,6 +119,8 @@ class NormReader:
         beta = parameter(module, "b") if not self.is_bridge else parameter(inner, "bias")
         if type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge"):
             gamma = beta = None
+        if beta is not None and not bool(beta.any()):
+            beta = None  # folded away: no row of zeros
         if hasattr(module, "uses_weight_offset"):
             offset = module.uses_weight_offset
         else:
@@ -143,6 +145,9 @@ class NormReader:
         module = block._modules.get(f"{name}_post")
         if module is not None and (not self.is_bridge or module.original_component is not None):
             return self.norm(module, f"blocks.{layer}.{name}_post")
+        written = self.site(f"blocks.{layer}.hook_{'attn' if name == 'ln1' else 'mlp'}_out")
+        if written is not None and written.name == f"blocks.{layer}.{name}.hook_out":
+            return self.norm(block._modules[name], f"blocks.{layer}.{name}")
         if not self.is_bridge:
             from transformer_lens.components import transformer_block
 
