@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.model import ModelReader, compute_dtype
+from tl_dla.model import ModelReader, compute_dtype, is_bridge
 from tl_dla.reconstruction import Reconstruction, rounding
 from tl_dla.recording import Recording, cache_shape, recall, run
 from tl_dla.result import DirectLogitAttribution
@@ -279,7 +279,14 @@ def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) ->
 
 
 def require_eval(model: Any) -> None:
-    """Raise unless every module is in evaluation mode."""
+    """Raise unless every module is in evaluation mode.
+
+    A `HookedTransformer` has no dropout, and `from_pretrained` leaves it in training mode; only
+    attention that scales with the length of the prompt asks for the mode.
+    """
+    by_length = ("use_logn_attn", "use_dynamic_ntk_rope")
+    if not is_bridge(model) and not any(getattr(model.cfg, name, False) for name in by_length):
+        return
     if any(module.training for module in model.modules()):
         where = next(name for name, module in model.named_modules() if module.training)
         raise ArgumentError(
