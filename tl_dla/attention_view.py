@@ -85,10 +85,13 @@ class AttentionView:
         """
         names = "headLabels" if self.style == "patterns" else "attentionHeadNames"
         rounded = (self.attention.detach().cpu().double() * 1e4).round() / 1e4
+        tokens = [token.replace("\n", "↵").replace("\t", "⇥") for token in self.tokens]
         props = {
-            "tokens": list(self.tokens),
+            # AttentionPatterns sets its tokens as HTML, AttentionHeads draws theirs.
+            "tokens": [escape(t) for t in tokens] if self.style == "patterns" else tokens,
             "attention": rounded.tolist(),
             names: list(self.labels),
+            "maskUpperTri": not bool(self.attention.triu(1).any()),  # of models that look ahead
         }
         call = f"CircuitsVis.render({inline_json(name)}, CircuitsVis.{_ELEMENTS[self.style]}"
         return (
