@@ -374,13 +374,17 @@ def test_summarize_needs_no_model_and_gives_the_same_result(model, tmp_path):
 
 
 def test_processes_share_the_batches_and_nothing_is_lost_or_doubled(model, tmp_path, monkeypatch):
-    """The shards of three processes are those of one."""
-    run(model, spoiled(100), tmp_path / "one")
-    for process in range(3):
+    """The shards of three processes are those of one, and so are their sums together."""
+    expected = run(model, spoiled(100), tmp_path / "one")
+    tallies = []
+    monkeypatch.setattr(
+        "accelerate.utils.gather_object", lambda own: tallies.extend(own) or tallies
+    )
+    for process in range(3):  # the last one sees the sums of all
         monkeypatch.setattr(tl_dla.dataset, "_join", lambda _, process=process: (process, 3))
-        monkeypatch.setattr("accelerate.utils.gather_object", lambda parts: parts)
-        run(model, spoiled(100), tmp_path / "three")
+        result = run(model, spoiled(100), tmp_path / "three")
     assert contents(tmp_path / "three" / "rows") == contents(tmp_path / "one" / "rows")
+    assert result.n == expected.n and torch.equal(result.rows.std, expected.rows.std)
 
 
 def test_the_folder_of_another_run_is_refused_and_left_alone(model, tmp_path):
@@ -490,10 +494,10 @@ def test_the_digest_is_of_the_weights_not_of_where_they_are(tmp_path):
 
     here, there = load_model(folder, device="cpu"), load_model(moved, device="cpu")
     assert model_digest(here) == model_digest(there)
-    weights = list(there.parameters())[-1]
-    with torch.no_grad():
-        a, b = weights.view(-1)[:2].clone()
-        weights.view(-1)[0], weights.view(-1)[1] = b, a
+    weights = there.original_model.transformer.wte.weight.detach().view(-1)
+    a, b = weights[:2].tolist()
+    weights[0], weights[1] = b, a
+    assert a != b
     assert model_digest(here) != model_digest(there)
 
 

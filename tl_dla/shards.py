@@ -325,7 +325,7 @@ def make_manifest(model: Any, **options: Any) -> dict[str, Any]:
     }
     parameters = list(model.parameters())
     about = {
-        "name": str(getattr(model.cfg, "model_name", None) or type(model).__name__),
+        "name": _name(model),
         "class": type(model).__name__,
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "digest": model_digest(model),
@@ -336,6 +336,12 @@ def make_manifest(model: Any, **options: Any) -> dict[str, Any]:
         **options,
         "versions": {**versions, "tl_dla": _own_version(), "python": platform.python_version()},
     }
+
+
+def _name(model: Any) -> str:
+    """The model's name; of a model loaded from a folder, the folder's own name."""
+    name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _own_version() -> str:
@@ -364,9 +370,7 @@ def model_digest(model: Any) -> str:
         if parameter.device.type != "meta":  # offloaded: only its shape can be read cheaply
             bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
             every = bits.flatten()
-            some = every[
-                :: max(1, len(every) // 64)
-            ].tolist()  # sees parameters that changed places
+            some = every[:: max(1, len(every) // 64)].tolist()  # sees values that changed places
             digest.update(f"{int(every.sum(dtype=torch.int64))} {some}".encode())
     return digest.hexdigest()
 
