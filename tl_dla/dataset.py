@@ -12,7 +12,7 @@ host its own, where there is no common disk).
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -108,11 +108,11 @@ def attribute_dataset(
             " read_examples(source), for a dataset of several splits one of them."
         )
     options: dict[str, Any] = {"unit": unit, "include_bias": include_bias}
-    read = {"pos": pos, "prepend_bos": prepend_bos}
+    read: dict[str, Any] = {"pos": pos, "prepend_bos": prepend_bos}
     manifest = make_manifest(model, **options, **read, batch_size=batch_size, check=check)
     process, processes = _join(model)
     folder = None if out is None else Folder(out, manifest)
-    n = len(examples) if hasattr(examples, "__len__") else None
+    n = len(examples) if isinstance(examples, Sized) else None
 
     tally = Tally()
     bar = tqdm(
@@ -241,7 +241,11 @@ def _attribute(
         warnings.warn(f"Examples {indices}: {reasons[failed[0]]}", stacklevel=3)
         reasons = [None] * len(batch.examples)
     for i, example in enumerate(batch.examples):
-        about = {"index": example.index, "group": example.group, "prompt": example.prompt}
+        about: dict[str, Any] = {
+            "index": example.index,
+            "group": example.group,
+            "prompt": example.prompt,
+        }
         if reasons[i] is not None:
             lines.append(Line(**about, error=reasons[i]))
             continue
@@ -256,8 +260,11 @@ def _attribute(
             rest={result.labels[row]: float(values[row, i]) for row in extra},
         )
         lines.append(line)
-    columns = (result.labels, result.kinds, result.layers)
-    names = RowNames(*(tuple(column[i] for i in base) for column in columns))
+    names = RowNames(
+        tuple(result.labels[i] for i in base),
+        tuple(result.kinds[i] for i in base),
+        tuple(result.layers[i] for i in base),
+    )
     return Shard(sorted(lines, key=lambda line: line.index), names)
 
 

@@ -42,7 +42,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.errors import TlDlaError
-from tl_dla.model import is_bridge
+from tl_dla.model import Kind, is_bridge
 
 FORMAT = 1
 _KEY = b"tl_dla"
@@ -57,7 +57,7 @@ class RowNames:
     """The rows that every batch has, in order."""
 
     labels: tuple[str, ...]
-    kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     layers: tuple[int | None, ...]
 
 

@@ -233,7 +233,7 @@ class Tally:
         lines = [line for line in shard.lines if line.error is None]
         if not lines or shard.names is None:
             return Tally(None, {}, skipped)
-        extra = list(lines[0].rest)
+        extra = list(lines[0].rest or {})
         labels = [*shard.names.labels, *extra]
         adding = torch.tensor(
             [
@@ -244,8 +244,9 @@ class Tally:
         )
         for group in dict.fromkeys(line.group for line in lines):
             own = [line for line in lines if line.group == group]
-            rest = torch.tensor([list(line.rest.values()) for line in own], dtype=torch.float64)
-            values = torch.cat([torch.stack([line.values for line in own]), rest], 1).double()
+            rows = torch.stack([line.values for line in own if line.values is not None]).double()
+            rest = [[float(value) for value in (line.rest or {}).values()] for line in own]
+            values = torch.cat([rows, torch.tensor(rest, dtype=torch.float64)], 1)
             logit = torch.tensor([line.logit for line in own], dtype=torch.float64)
             gross = (values * adding).abs().sum(1).float()
             net = (values * adding).sum(1).abs().float()
@@ -291,18 +292,20 @@ class Tally:
                 + ("" if skipped else ".")
             )
         whole = Sums.merge(list(self.sums.values()))
+        unexplained: Kind = "rest"
         known = {*self.names.labels, *_EXTRA}
         rest = sorted((label for label in whole.labels if label not in known), key=_layer_of_rest)
         labels = [*self.names.labels, *rest]
         layers = [*self.names.layers, *(_layer_of_rest(label) for label in rest)]
         layers = [None if layer == -1 else layer for layer in layers]
+        kinds = [*self.names.kinds, *[unexplained] * len(rest)]
 
         def part(sums: Sums, **more: Any) -> DatasetAttribution:
             sums = Sums.merge([Sums.of(labels, torch.zeros(0, len(labels))), sums])
             _, gross, net = sums.select(_EXTRA).high[0].tolist()
             return DatasetAttribution(
                 labels=labels,
-                kinds=[*self.names.kinds, *["rest"] * len(rest)],
+                kinds=kinds,
                 layers=layers,
                 unit=manifest["unit"],
                 model=manifest["model"]["name"],
