@@ -580,7 +580,7 @@ def test_an_audit_is_the_parts_side_by_side(name: str) -> None:
 
 def test_flags_say_what_the_table_says() -> None:
     for name in ["gpt2", "cohere"]:
-        found = audit(attributed(name, "component"), k=6, progress=False)
+        found = audit(attributed(name), k=20, progress=False)
         table = found.to_dataframe().set_index("row")
         for row, line in table.iterrows():
             direct, total = line["direct"], line["total"]

@@ -53,7 +53,7 @@ def copy_suppression(
         True
     """
     rows = result.labels if rows is None else rows
-    heads = {row: head for row in rows if (head := _negative_head(result, row)) is not None}
+    heads = {row: found for row in rows if (found := _negative_head(result, row)) is not None}
     nothing = torch.full_like(result.logit, torch.nan)
     if not heads:
         return torch.stack([nothing for _ in rows])
