@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_dla.choice import Choice, Unit, read_choice, require_unit
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.model import ModelReader, compute_dtype, is_bridge
+from tl_dla.model import output_transform as output_transform
 from tl_dla.reconstruction import Reconstruction, rounding
 from tl_dla.recording import Recording, cache_shape, recall, run
+from tl_dla.refinement import Row
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import (
     Answers,
@@ -29,7 +32,7 @@ from tl_dla.tokens import (
     read_prompts,
     read_targets,
 )
-from tl_dla.units import Plan, Row, Unit, require_unit
+from tl_dla.units import Plan
 
 _CAUSE = (
     "The likeliest causes: a hook of yours changes activations between the places that are read,"
@@ -48,6 +51,9 @@ def direct_logit_attribution(
     pos: Any = -1,
     cache: Any = None,
     candidate_tokens: Sequence[str | int] | Int[Tensor, " candidate"] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[str] | None = None,
+    top_neurons: int | None = None,
     include_bias: bool = True,
     check: Literal["raise", "warn", "off"] = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -69,14 +75,22 @@ def direct_logit_attribution(
         incorrect_tokens: the baseline, subtracted: the same forms, or several per prompt (the mean
             of their logits), or `"mean"` for the mean logit of the vocabulary.
         unit: `"component"` (embeddings, attention and MLP outputs, as `decompose_resid`),
-            `"layer"` (the stream after each sublayer, as `accumulated_resid(incl_mid=True)`) or
-            `"head"` (heads, as `stack_head_results`, then everything else).
+            `"layer"` (the stream after each sublayer, as `accumulated_resid(incl_mid=True)`),
+            `"head"` (heads, as `stack_head_results`, then everything else), `"neuron"` (neurons, as
+            `stack_neuron_results`, or experts, then everything else) or `"source"` (what each head
+            moved from each token, `L9H9←5`, then everything else).
         pos: positions of each prompt, counted over its real tokens: an integer, a list, a slice, a
             `Slice`, or None for all of them.
         cache: an `ActivationCache` to read in place of running the model. Its final residual
             stream then stands in for the model's logits.
         candidate_tokens: in place of `answer_tokens`: attribute to each of these tokens, on a last
             axis of the result.
+        layers: the layers that are split, for `unit="neuron"` and `unit="source"`; all by default.
+        heads: the heads that are split by source token, such as `["L9H9"]`, for `unit="source"`;
+            every other head keeps its row.
+        top_neurons: how many neurons have a row of their own, for `unit="neuron"`: those of the
+            largest mean absolute attribution. The others share a row per layer,
+            `3_other_neurons`.
         include_bias: whether `ln_final.b` and `b_U` are rows. Without them the rows of a folded
             model are TransformerLens's own.
         check: what a failed certificate does.
@@ -108,6 +122,7 @@ def direct_logit_attribution(
     if check not in ("raise", "warn", "off"):
         raise ArgumentError(f'check must be "raise", "warn" or "off"; {check!r} was given.')
     reader = ModelReader(model)
+    choice = read_choice(reader, unit, layers, heads, top_neurons)
     prompts = _prompts(model, input, cache, prepend_bos, attention_mask)
     positions = read_positions(pos, prompts)
     texts = [input] if isinstance(input, str) else input if isinstance(input, list) else None
@@ -116,7 +131,7 @@ def direct_logit_attribution(
         model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
     )
     require_eval(model)
-    plan = make_plan(reader, targets, unit, include_bias)
+    plan = make_plan(reader, targets, unit, include_bias, choice)
     if cache is None:
         seen = run(model, prompts, positions, plan.probes, targets)
     else:
@@ -127,10 +142,16 @@ def direct_logit_attribution(
     )
 
 
-def make_plan(reader: ModelReader, targets: Targets, unit: Unit, include_bias: bool) -> Plan:
+def make_plan(
+    reader: ModelReader,
+    targets: Targets,
+    unit: Unit,
+    include_bias: bool,
+    choice: Choice | None = None,
+) -> Plan:
     """The plan for these targets: their columns of W_U and their biases, pulled back."""
     unembed, b_U = unembedding(reader.model, targets)
-    return Plan(reader, unembed, b_U, unit, include_bias)
+    return Plan(reader, unembed, b_U, unit, include_bias, choice)
 
 
 def unembedding(
@@ -163,7 +184,7 @@ def assemble(
     from_cache: bool,
 ) -> DirectLogitAttribution:
     """Rows, output transform, certificate and result, from what the pass has shown."""
-    rows = plan.rows(seen)
+    rows = plan.rows(seen, positions, targets.weights)
     logits, raw = seen.logits, seen.raw
     if logits is None or raw is None:
         raw = rows.total
@@ -175,7 +196,7 @@ def assemble(
     def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
         return shaped(tokens @ weights.mT, targets, positions)
 
-    attribution = torch.stack([added(row.value * ratio) for row in rows.rows])
+    attribution = added(torch.stack([row.value for row in rows.rows]) * ratio)
     expected = added(logits)
     if not plan.include_bias:
         for bias in (plan.final_beta, plan.b_U):
@@ -194,7 +215,7 @@ def assemble(
         return shaped(tolerance, targets, positions)
 
     eps = max(plan.reader.eps, seen.eps)
-    gross = torch.stack([rows.rows[i].value.abs() for i in kept]).sum(0)
+    gross = torch.stack([rows.rows[i].value for i in kept]).abs().sum(0)
     reconstruction = Reconstruction(
         expected,
         attribution[kept].sum(0),
@@ -234,7 +255,7 @@ def assemble(
 def shaped(
     x: Float[Tensor, "*row batch pos candidate"], targets: Targets, positions: Positions
 ) -> Float[Tensor, "..."]:
-    """As a result shows it: NaN where a prompt has no such position, and only the axes asked for."""
+    """As a result shows it: NaN where a prompt has no such position, only the axes asked for."""
     x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
     x = x.squeeze(-2) if positions.single else x
     return x if targets.candidates is not None else x.squeeze(-1)
@@ -243,16 +264,6 @@ def shaped(
 def _ends_there(row: Row) -> bool:
     """Whether a row of the `layer` unit is one of those that add up to the logit."""
     return row.kind == "bias" or row.label == "final_post"
-
-
-def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The model's own output transform (a multiplier, a soft cap), where it must be applied here
-    because no logits were returned."""
-    adapter = getattr(model, "adapter", None)
-    if hasattr(adapter, "apply_output_logits_transform"):
-        return adapter.apply_output_logits_transform(logits)
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
 def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) -> Prompts:

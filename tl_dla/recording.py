@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
@@ -26,6 +26,7 @@ class Probe:
 
     `whole` reads the activation at every position instead, real tokens first. `keys` reads an
     attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key.
+    `heads_first` is for activations `[batch, head, pos, ...]`: the two axes are swapped.
     """
 
     key: str
@@ -33,15 +34,18 @@ class Probe:
     read: Callable[..., Tensor]
     whole: bool = False
     keys: bool = False
+    heads_first: bool = False
 
     def of(
-        self, x: Float[Tensor, "batch ..."], positions: Positions, start: Tensor | None = None
-    ) -> Float[Tensor, "batch ..."]:
+        self, x: Shaped[Tensor, "batch ..."], positions: Positions, start: Tensor | None = None
+    ) -> Shaped[Tensor, "batch ..."]:
         """The part of an activation that is read; `start` says where the prompts begin in it."""
+        if self.heads_first:
+            x = x.transpose(1, 2)
         if self.whole:
             return x if start is None else _rolled(x, start, 1)
         if self.keys:
-            x = positions.take(x.transpose(1, 2), start)
+            x = positions.take(x, start)
             return x if start is None else _rolled(x, start, 3)
         return positions.take(x, start)
 
@@ -131,9 +135,7 @@ def run(
         )
     if targets is None:
         return Recording(values)
-    return Recording(
-        values, seen["raw"], select(output, targets), torch.finfo(output.dtype).eps
-    )
+    return Recording(values, seen["raw"], select(output, targets), torch.finfo(output.dtype).eps)
 
 
 def recall(
@@ -180,8 +182,17 @@ def recall(
 def cache_shape(cache: Any) -> tuple[int, int]:
     """Batch and positions of a cache, from the activations whose second axis is positions."""
     for name, x in cache.cache_dict.items():
-        if name.endswith(("hook_resid_pre", "hook_resid_post", "hook_in", "hook_embed", "hook_out",
-                          "hook_z", "hook_scale")):
+        if name.endswith(
+            (
+                "hook_resid_pre",
+                "hook_resid_post",
+                "hook_in",
+                "hook_embed",
+                "hook_out",
+                "hook_z",
+                "hook_scale",
+            )
+        ):
             shape = x.shape if cache.has_batch_dim else (1, *x.shape)
             return int(shape[0]), int(shape[1])
     raise IncompleteCacheError(

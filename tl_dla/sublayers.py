@@ -73,7 +73,7 @@ class Experts:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """What multiplies the heads' mixed values: an activation at `site`, or a norm over all heads."""
+    """What multiplies the heads' mixed values: an activation at `site`, or a norm over them."""
 
     site: Site | None
     norm: Norm | None
@@ -136,7 +136,9 @@ class SublayerReader(NormReader):
         block = self.model.blocks[layer]
         if name not in ("mlp", "moe", "shared_mlp"):
             return None
-        at, module = f"blocks.{layer}.{name}", block._modules.get(name)
+        # Granite's hybrids call their shared MLP the MLP where there are no experts beside it.
+        inside = "shared_mlp" if name == "mlp" and "shared_mlp" in block._modules else name
+        at, module = f"blocks.{layer}.{inside}", block._modules.get(inside)
         if getattr(unwrap(block), "enable_moe_block", False):
             raise self._refusal(
                 f'unit="neuron" needs one MLP a layer, but {at} in {{}} adds a mixture of experts'

@@ -2,76 +2,42 @@
 
 A `Plan` is made before the forward pass: the readout is pulled back through the steps of the
 stream to every place that is read, which gives the probes. Afterwards `Plan.rows` turns what the
-probes kept into rows. Every unit is the same two steps: a place, and a dot product there.
+probes kept into rows. Every unit is the same two steps: a place, and a dot product there. What
+splits a row of the stream into its parts is a `Refinement`.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.choice import Choice as Choice
+from tl_dla.choice import Unit as Unit
+from tl_dla.choice import require_unit as require_unit
+from tl_dla.errors import UnsupportedModelError
 from tl_dla.model import (
     Attention,
-    Kind,
     ModelReader,
     Norm,
     Point,
     Rescale,
-    Site,
     Step,
     Stream,
     StreamNorm,
     Write,
+    output_transform,
 )
+from tl_dla.neurons import ExpertRows, Neurons, largest
 from tl_dla.readout import Readout
 from tl_dla.recording import Probe, Recording
-
-Unit = Literal["component", "layer", "head"]
-
-
-def require_unit(unit: str) -> None:
-    if unit not in get_args(Unit):
-        raise ArgumentError(f"unit must be one of {', '.join(get_args(Unit))}; {unit!r} was given.")
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One row: its values are `[batch, pos, token]`."""
-
-    label: str
-    kind: Kind
-    layer: int | None
-    value: Float[Tensor, "batch pos token"]
-
-
-@dataclass(frozen=True, eq=False)
-class Refined:
-    """A row that others split: the sum of the parts must be its value.
-
-    `gross` is the sum of the parts' absolute values, `magnitude` ‖x ⊙ w‖/s of what is split.
-    """
-
-    label: str
-    parts_are: str
-    value: Float[Tensor, "batch pos token"]
-    parts: Float[Tensor, "batch pos token"]
-    gross: Float[Tensor, "batch pos token"]
-    magnitude: Float[Tensor, "batch pos token"]
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """All rows of a unit, and what the certificate needs."""
-
-    rows: list[Row]
-    total: Float[Tensor, "batch pos token"]
-    magnitude: Float[Tensor, "batch pos token"]
-    final: Float[Tensor, "batch pos token"]
-    refined: list[Refined] = field(default_factory=list)
+from tl_dla.refinement import Heads, Refined, Refinement, Row, Rows, Seen, Split, magnitude
+from tl_dla.refinement import upcast as upcast
+from tl_dla.sources import Sources
+from tl_dla.sublayers import Experts
+from tl_dla.tokens import Positions
 
 
 class Plan:
@@ -91,9 +57,9 @@ class Plan:
         b_U: Float[Tensor, "#batch #pos token"] | None,
         unit: Unit,
         include_bias: bool = True,
+        choice: Choice | None = None,
     ) -> None:
-        self.reader, self.unit, self.b_U = reader, unit, b_U
-        self.include_bias = include_bias
+        self.reader, self.b_U, self.include_bias = reader, b_U, include_bias
         self.stream = reader.stream()
         logit = Readout(unembed)
         if self.stream.project_out is not None:
@@ -104,27 +70,87 @@ class Plan:
                 self.final_beta = logit.of_bias(self.stream.norm.beta)
             logit = logit.through_norm(self.stream.norm)
         self.logit = logit
-        self.steps = pull_back(self.stream, logit)
-        self.attention = self._attention() if unit == "head" else []
+        self._split_into(unit, choice or Choice())
+
+    def split_into(self, unit: Unit, choice: Choice) -> "Plan":
+        """The same readout, with rows of another unit."""
+        plan = copy.copy(self)
+        plan._split_into(unit, choice)
+        return plan
+
+    def _split_into(self, unit: Unit, choice: Choice) -> None:
+        self.unit, self.choice = unit, choice
+        self.steps = pull_back(self.stream, self.logit)
+        self.refinements = self._refinements()
         self.probes = list({probe.key: probe for probe in self._probes()}.values())
 
     # ---- before the forward pass ---------------------------------------------------------------
 
-    def _attention(self) -> list[tuple[Attention, Readout, Readout]]:
+    @property
+    def attention(self) -> list[tuple[Attention, Readout, Readout]]:
         """Each layer's attention, with the readouts of its output and of its heads."""
-        found = []
+        heads = [x for x in self.refinements.values() if isinstance(x, Heads)]
+        return [(x.part, x.output, x.heads) for x in heads]
+
+    @property
+    def end(self) -> str:
+        """The last sight of the stream, where it is read out."""
+        return self.stream.points[-1].label
+
+    def _refinements(self) -> dict[str, Refinement]:
+        """What splits the rows of the unit, by the row."""
+        if self.unit in ("component", "layer"):
+            return {}
+        found: dict[str, Refinement] = {}
         for step, readout in self.steps:
-            if isinstance(step, Write) and step.label == f"{step.layer}_attn_out":
-                attention = self.reader.attention(step.layer or 0)
-                if attention is not None:
-                    output = attention_output(attention, readout)
-                    found.append((attention, output, output.through_linear(attention.W_O)))
-        if not found:
-            raise UnsupportedModelError(
-                f"{self.reader.architecture} has no attention layer that writes to the residual"
-                ' stream, so it has no head rows; unit="component" and unit="layer" work.'
-            )
-        return found
+            if isinstance(step, Write) and step.layer is not None:
+                split = self._mlp if self.unit == "neuron" else self._attention
+                refinement = split(step, step.layer, readout)
+                if refinement is not None:
+                    found[step.label] = refinement
+        if found:
+            return found
+        what = ("an MLP", "neuron") if self.unit == "neuron" else ("an attention layer", self.unit)
+        raise UnsupportedModelError(
+            f"{self.reader.architecture} shows no part of {what[0]} that writes to the residual"
+            f' stream, so it has no {what[1]} rows; unit="component" and unit="layer" work.'
+        )
+
+    def _mlp(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
+        if step.kind != "mlp" or not self.choice.has_layer(layer):
+            return None
+        name = step.label.partition("_")[2].removesuffix("_out")
+        part = self.reader.mlp(layer, name, step.site)
+        if part is None:
+            return None
+        if isinstance(part, Experts):
+            return ExpertRows(part, step.label, readout)
+        neurons = Neurons(part, step.label, readout)
+        if self.choice.neurons is not None:
+            prefix = f"L{layer}N"
+            mine = [n for n in self.choice.neurons if n.startswith(prefix)]
+            neurons.keep = [int(n.removeprefix(prefix)) for n in mine]
+        return neurons
+
+    def _attention(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
+        if step.label != f"{layer}_attn_out":
+            return None
+        if self.unit == "head" and not self.choice.has_layer(layer):
+            return None
+        part = self.reader.attention(layer)
+        if part is None:
+            return None
+        chosen = [
+            head
+            for head in range(part.W_O.shape[0])
+            if self.unit == "source"
+            and self.choice.has_layer(layer)
+            and (self.choice.heads is None or f"L{layer}H{head}" in self.choice.heads)
+        ]
+        if not chosen:
+            return Heads(part, step.label, readout)
+        mixing, name = self.reader.mixing(layer), self.reader.architecture
+        return Sources(part, step.label, readout, mixing, chosen, name)
 
     def _probes(self) -> list[Probe]:
         probes = []
@@ -137,32 +163,40 @@ class Plan:
             probes.append(Probe(step.label, step.site, readout.contract))
             if isinstance(step, Point) and (step.block or self.unit == "layer"):
                 probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
-            if isinstance(step, Write) and self.unit == "head" and step.kind == "attn":
-                probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
             if not embedded and (isinstance(step, Point) or step.label == "embed"):
                 embedded = isinstance(step, Point)  # to see whether the stream is the embedding
                 probes.append(Probe(f"vector {step.label}", step.site, upcast))
-        for attention, output, heads in self.attention:
-            norms.update({norm.name: norm for norm in output.norms})
-            n_heads = attention.W_O.shape[0]
-            read = _heads(heads, n_heads)
-            probes.append(Probe(f"heads {attention.layer}", attention.site, read))
+            if step.label in self.refinements:
+                refinement = self.refinements[step.label]
+                norms.update({norm.name: norm for norm in refinement.norms})
+                probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
+                probes += refinement.probes()
         probes += [Probe(norm.name, norm.site, _scale(norm)) for norm in norms.values()]
         return probes
 
     # ---- after it ------------------------------------------------------------------------------
 
-    def rows(self, seen: Recording) -> Rows:
-        """The rows, in the order of the unit, before the output transform."""
+    def rows(
+        self,
+        seen: Recording,
+        positions: Positions | None = None,
+        weights: Float[Tensor, "candidate token"] | None = None,
+    ) -> Rows:
+        """The rows, in the order of the unit, before the output transform.
+
+        Args:
+            seen: what the forward pass has shown.
+            positions: the attributed positions, which say how far back sources reach and which
+                positions count when neurons are ranked.
+            weights: how the tokens are added up, for the ranking of neurons.
+        """
         values = seen.values
         scales = {name: x for name, x in values.items() if x.ndim == 2}
-        shape = values["final_post"].shape
-
-        def scaled(x: Tensor, readout: Readout) -> Tensor:
-            scale = readout.frozen(scales).scale
-            x = x.to(values["final_post"].device)
-            x = x if scale is None else x / scale.to(x.device).unsqueeze(-1)
-            return x.expand(shape)
+        sources = None
+        if positions is not None and bool(positions.valid.any()):
+            sources = int(positions.index[positions.valid].max()) + 1
+        shown = Seen(values, scales, values[self.end].shape, values[self.end].device, sources)
+        scaled = shown.scaled
 
         stream: list[Row] = []
         magnitudes, pending, additions = [], [], 0
@@ -190,18 +224,57 @@ class Plan:
                 magnitudes.append(size * max(additions, 1) ** 0.5)
                 stream += pending
                 before, pending, additions = value, [], 0
-        final = scaled(values["|final_post|"], self.logit).abs()
+        final = scaled(values[f"|{self.end}|"], self.logit).abs()
         size = torch.stack(magnitudes).square().sum(0).sqrt()
-        refined = self._refined(stream, values, scaled) if self.unit == "head" else []
-
-        biases = self._biases(shape, final)
+        biases = self._biases(shown.shape, final)
         total = points[-1].value + sum(row.value for row in biases)
-        rows = {
-            "component": stream,
-            "layer": points,
-            "head": self._heads_first(stream, values, scaled),
-        }[self.unit]
+        if self.unit == "layer":
+            return Rows(points + biases, total, size, final)
+        if self.choice.top_neurons is not None:
+            self._keep_largest(shown, self.ratio(seen, total), positions, weights)
+        rows, refined = self._split(stream, shown)
         return Rows(rows + biases, total, size, final, refined)
+
+    def _split(self, stream: list[Row], shown: Seen) -> tuple[list[Row], list[Refined]]:
+        """Parts before everything else, and each row that they split left out."""
+        splits = {
+            row.label: self.refinements[row.label].split(shown, row.value)
+            for row in stream
+            if row.label in self.refinements
+        }
+        first = [row for split in splits.values() for row in split.first]
+        kept = [splits.get(row.label, Split([], [row], [])).instead for row in stream]
+        refined = [x for split in splits.values() for x in split.refined]
+        return first + [row for rows in kept for row in rows], refined
+
+    def _keep_largest(
+        self,
+        shown: Seen,
+        ratio: Float[Tensor, "batch pos token"],
+        positions: Positions | None,
+        weights: Float[Tensor, "candidate token"] | None,
+    ) -> None:
+        """Rank all layers' neurons by their mean absolute attribution; the first keep a row."""
+        weights = ratio.new_ones(1, ratio.shape[-1]) if weights is None else weights.to(ratio)
+        valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
+        valid = valid if positions is None else positions.valid.to(ratio.device)
+        neurons = [x for x in self.refinements.values() if isinstance(x, Neurons)]
+        scores = []
+        for layer in neurons:
+            values = torch.einsum("bptn,bpt,ct->bpcn", layer.values(shown), ratio, weights)
+            scores.append(values[valid].abs().mean((0, 1)))
+        for layer, keep in zip(neurons, largest(scores, self.choice.top_neurons or 0), strict=True):
+            layer.keep = keep
+
+    def ratio(
+        self, seen: Recording, total: Float[Tensor, "batch pos token"]
+    ) -> Float[Tensor, "batch pos token"]:
+        """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
+        raw, logits = seen.raw, seen.logits
+        if raw is None or logits is None:
+            raw = total
+            logits = output_transform(self.reader.model, raw)
+        return torch.where(raw == 0, torch.ones_like(raw), logits / raw).to(total)
 
     def _close(
         self,
@@ -245,58 +318,6 @@ class Plan:
                 rows.append(Row(label, "bias", None, bias.to(like).expand(shape)))
         return rows
 
-    def _refined(self, stream: list[Row], values: dict[str, Tensor], scaled: Any) -> list[Refined]:
-        parents = {row.label: row.value for row in stream}
-        readouts = {s.label: r for s, r in self.steps if isinstance(s, Write)}
-        refined = []
-        for attention, output, heads in self.attention:
-            label = f"{attention.layer}_attn_out"
-            parts = scaled(values[f"heads {attention.layer}"].sum(-1), heads)
-            gross = self._head_values(attention, heads, values, scaled).abs().sum(0)
-            if (bias := self._attention_bias(attention, output, readouts[label], scaled)) is not None:
-                parts = parts + bias
-                gross = gross + bias.abs()
-            size = scaled(values[f"|{label}|"], readouts[label]).abs()
-            refined.append(Refined(label, "the heads", parents[label], parts, gross, size))
-        return refined
-
-    def _head_values(
-        self, attention: Attention, heads: Readout, values: dict[str, Tensor], scaled: Any
-    ) -> Float[Tensor, "head batch pos token"]:
-        kept = values[f"heads {attention.layer}"]
-        return torch.stack([scaled(head, heads) for head in kept.unbind(-1)])
-
-    def _attention_bias(
-        self, attention: Attention, output: Readout, write: Readout, scaled: Any
-    ) -> Tensor | None:
-        """b_O and the post-norm's own bias, through what follows them; None where there is none."""
-        parts = []
-        if attention.b_O is not None and bool(attention.b_O.any()):
-            parts.append(scaled(output.of_bias(attention.b_O), output))
-        norm = attention.post_norm
-        if norm is not None and norm.beta is not None and bool(norm.beta.any()):
-            parts.append(scaled(write.times(attention.factor).of_bias(norm.beta), write))
-        return sum(parts) if parts else None
-
-    def _heads_first(
-        self, stream: list[Row], values: dict[str, Tensor], scaled: Any
-    ) -> list[Row]:
-        """Heads, then everything else with each `attn_out` replaced by its bias."""
-        readouts = {s.label: r for s, r in self.steps if isinstance(s, Write)}
-        rows: list[Row] = []
-        biases: dict[str, Row | None] = {}
-        for attention, output, heads in self.attention:
-            layer = attention.layer
-            head_values = self._head_values(attention, heads, values, scaled)
-            rows += [Row(f"L{layer}H{h}", "head", layer, v) for h, v in enumerate(head_values)]
-            label = f"{layer}_attn_out"
-            bias = self._attention_bias(attention, output, readouts[label], scaled)
-            biases[label] = None if bias is None else Row(f"{layer}_attn_bias", "bias", layer, bias)
-        for row in stream:
-            replaced = biases.get(row.label, row)
-            rows += [] if replaced is None else [replaced]
-        return rows
-
 
 def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:
     """Each step with the readout of what it writes or shows, the first step first."""
@@ -313,43 +334,17 @@ def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:
     return steps[::-1]
 
 
-def attention_output(attention: Attention, write: Readout) -> Readout:
-    """From the readout where the layer writes, to the readout of W_O's output."""
-    write = write.times(attention.factor)
-    return write if attention.post_norm is None else write.through_norm(attention.post_norm)
-
-
-def magnitude(readout: Readout) -> Callable[[Tensor], Tensor]:
-    """‖x ⊙ w‖, before the division by the scales."""
-
-    squared = Readout(readout.direction.square())
-
-    def read(x: Tensor) -> Tensor:
-        return squared.contract(upcast(x).square()).sqrt()
-
-    return read
-
-
-def _heads(readout: Readout, n_heads: int) -> Callable[[Tensor], Tensor]:
-    def read(z: Tensor) -> Tensor:
-        return readout.contract(z.flatten(2).unflatten(2, (n_heads, -1)))
-
-    return read
-
-
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:
     return lambda seen: norm.scale(upcast(seen))
-
-
-def upcast(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def is_rescaled_embedding(
     embed: Float[Tensor, "batch pos d_model"], start: Float[Tensor, "batch pos d_model"]
 ) -> bool:
-    """Whether the stream starts as the token embedding times a number at each position (an
-    embedding multiplier, or a norm without weights), seen in the vectors themselves."""
+    """Whether the stream starts as the token embedding times a number at each position.
+
+    An embedding multiplier does this, or a norm without weights: seen in the vectors themselves.
+    """
     ratio = (start * embed).sum(-1, keepdim=True) / embed.square().sum(-1, keepdim=True)
     miss = (start - ratio * embed).norm(dim=-1)
     return bool((miss <= 0.02 * start.norm(dim=-1)).all())
@@ -380,6 +375,3 @@ def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
     d = model.cfg.d_model if "project_out" not in model._modules else model.W_U.shape[0]
     plan = Plan(ModelReader(model), torch.zeros(1, 1, 1, d), None, unit)
     return hook_names(plan)
-
-
-__all__ = ["Plan", "Row", "Rows", "Site", "Unit", "pull_back", "required_hooks"]
