@@ -5,13 +5,13 @@ A head's row in a `unit="head"` result is the readout at its values, weighed by 
     row = Σ over source tokens of  A[query, source] · (v[source] · w) / s,
     w the logit's direction pulled back through the norms and W_O to the head's values v.
 
-Each term is a source token's *contribution*, in logits; they add up to the row, value biases
-included. The attention says where a head looks, the contribution what that did to the logit: a
+Each term is a source token's *contribution*, in logits: the rows of `unit="source"`, which add up
+to the head's. The attention says where a head looks, the contribution what that did to the logit: a
 token that is read the most may move nothing.
 
-The terms come from one more run of the result's prompts, which must show the rows of the result
-again; the patterns of the chosen heads are all that is kept of it. Kinds of pattern:
-`tl_dla.patterns`. Pictures: `tl_dla.attention_view`, whose script a page holds once.
+The terms come from one more run of the result's prompts, which must give the rows of the result
+again. Kinds of pattern: `tl_dla.patterns`. Pictures: `tl_dla.attention_view`, whose script a page
+holds once.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.attribution import assemble
+from tl_dla.choice import Choice, place_of_head
+from tl_dla.errors import ArgumentError
 from tl_dla.patterns import PatternKind, Pooled, kind, pool, scores
-from tl_dla.readout import Readout
 from tl_dla.recording import Probe, run
+from tl_dla.refinement import upcast
 from tl_dla.result import DirectLogitAttribution, require_heads
-from tl_dla.sublayers import Attention, Mixing
-from tl_dla.tokens import Positions, read_positions, token_strings
-from tl_dla.units import upcast
+from tl_dla.tokens import Positions, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,7 +192,7 @@ class HeadPatterns(list[HeadPattern]):
 def top_heads_with_patterns(result: DirectLogitAttribution, k: int = 3) -> HeadPatterns:
     """The k most positive and the k most negative heads, with their attention.
 
-    Runs the result's prompts once more, reading only the layers of the heads chosen.
+    Runs the result's prompts once more, keeping the attention of the chosen heads' layers only.
 
     Args:
         result: of `direct_logit_attribution(…, unit="head")`.
@@ -205,9 +205,10 @@ def top_heads_with_patterns(result: DirectLogitAttribution, k: int = 3) -> HeadP
 
     Raises:
         UnsupportedModelError: for a result without head rows; for a layer that does not show its
-            attention pattern or its values, or does more to the values than weigh them.
+            attention pattern or its values, or does something to them that is not understood.
         ArgumentError: for a k that is larger than the number of heads, a result over candidates,
             and a result that another run of its prompts does not give again.
+        ReconstructionError: where the source tokens do not add up to a head's row.
 
     Example:
         >>> from tl_dla import direct_logit_attribution, load_model, top_heads_with_patterns
@@ -235,33 +236,39 @@ def top_heads_with_patterns(result: DirectLogitAttribution, k: int = 3) -> HeadP
 
 def _read(result: DirectLogitAttribution, labels: Sequence[str]) -> list[HeadPattern]:
     """Run the prompts again and take these heads apart."""
-    prompts = result.prompts
-    tokens = prompts.packed
+    prompts, positions = result.prompts, result.positions
+    tokens, n_keys = prompts.packed, int(prompts.length.max())
     texts = [
         token_strings(result.model, ids[:n])
         for ids, n in zip(tokens, prompts.length.tolist(), strict=True)
     ]
-    layers = {label: result.layers[result.labels.index(label)] for label in labels}
-    places = {attention.layer: (attention, heads) for attention, _, heads in result.plan.attention}
-    mixings, probes = {}, []
-    for layer in sorted({layer for layer in layers.values() if layer is not None}):
-        mixing = mixings[layer] = result.plan.reader.mixing(layer)
-        probes.append(Probe(f"pattern {layer}", mixing.pattern, torch.clone, whole=True))
-        probes.append(Probe(f"v {layer}", mixing.values, torch.clone, whole=True))
-        probes.append(Probe(f"z {layer}", places[layer][0].site, torch.clone, whole=True))
-    seen = run(result.model, prompts, read_positions(-1, prompts), probes, None).values
+    places = {label: place_of_head(result.plan.reader, label) for label in labels}
+    layers = sorted({layer for layer, _ in places.values()})
+    plan = result.plan.split_into("source", Choice(layers=tuple(layers), heads=tuple(labels)))
+    probes = [
+        Probe(f"attention {layer}", plan.reader.mixing(layer).pattern, torch.clone, whole=True)
+        for layer in layers
+    ]
+    seen = run(result.model, prompts, positions, [*plan.probes, *probes], result.targets)
+    again = assemble(
+        plan, seen, prompts, positions, result.targets, check="raise", from_cache=False
+    )
 
     found = []
-    for label in labels:
-        layer = layers[label]
-        assert layer is not None
-        attention, heads = places[layer]
-        head = int(label.rpartition("H")[2])
-        pattern = _own(seen[f"pattern {layer}"][:, head], prompts.length)
-        source = Source(result, attention, heads, head)
-        value = result[label]
-        source.require_same(label, value, seen[f"z {layer}"])
-        contributions = source.contributions(mixings[layer], pattern, seen[f"v {layer}"], value)
+    for label, (layer, head) in places.items():
+        part = again.reconstruction.parts[f"the source tokens of {label}"]
+        miss = (part.expected - result[label]).abs()
+        if bool((miss > 2 * part.tolerance).any()):
+            raise ArgumentError(
+                f"Another run of the result's prompts does not give its row {label} again: it was"
+                " made from a cache without its input, or the model was changed since. Attribute"
+                " again with the input."
+            )
+        rows = [
+            again[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in again.labels
+        ]
+        rows += [torch.zeros_like(part.expected)] * (n_keys - len(rows))  # no position sees them
+        pattern = _own(seen.values[f"attention {layer}"][:, head], prompts.length)
         pooled = [
             pool(pattern[b, : len(text), : len(text)], tokens[b, : len(text)], text)
             for b, text in enumerate(texts)
@@ -269,10 +276,18 @@ def _read(result: DirectLogitAttribution, labels: Sequence[str]) -> list[HeadPat
         sums = {name: sum((one[name] for one in pooled), Pooled()) for name in pooled[0]}
         found.append(
             HeadPattern(
-                label, layer, head, value, pattern, contributions, texts, scores(sums), kind(sums),
-                result.positions,
+                label=label,
+                layer=layer,
+                head=head,
+                value=result[label],
+                pattern=pattern,
+                contributions=torch.stack(rows, -1),
+                tokens=texts,
+                scores=scores(sums),
+                kind=kind(sums),
+                positions=positions,
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -284,78 +299,3 @@ def _own(
         torch.arange(pattern.shape[-1], device=pattern.device) < length.to(pattern.device)[:, None]
     )
     return upcast(pattern) * own[:, :, None] * own[:, None, :]
-
-
-class Source:
-    """One head's row as a sum over source tokens: the readout pulled back to its values."""
-
-    def __init__(
-        self, result: DirectLogitAttribution, attention: Attention, heads: Readout, head: int
-    ) -> None:
-        self.result, self.attention, self.head = result, attention, head
-        self.n_heads = attention.W_O.shape[0]
-        scales = {name: x for name, x in result.seen.values.items() if x.ndim == 2}
-        scale = heads.frozen(scales).scale
-        weights = result.ratio * result.targets.weights[0].to(result.ratio)
-        weights = weights if scale is None else weights / scale.to(weights)[..., None]
-        direction = heads.direction[:, :, :, head].to(weights)
-        # One direction for each attributed position: the tokens' differ by their weights alone.
-        self.direction = (direction * weights[..., None]).sum(2)  # [batch, pos, d_head]
-
-    def require_same(
-        self, label: str, value: Float[Tensor, "*batch_and_pos"], z: Float[Tensor, "batch pos ..."]
-    ) -> None:
-        """Raise unless this run gives the head's row again."""
-        z = self.result.positions.take(z)
-        z = upcast(z).flatten(2).unflatten(2, (self.n_heads, -1))[:, :, self.head]
-        size = (z * self.direction).square().sum(-1).sqrt()
-        again = self.result.positions.squeeze((z * self.direction).sum(-1))
-        if not self._same(again, value, self.result.positions.squeeze(size)):
-            raise ArgumentError(
-                f"Another run of the result's prompts does not give its row {label} again: it was"
-                " made from a cache without its input, or the model was changed since. Attribute"
-                " again with the input."
-            )
-
-    def contributions(
-        self,
-        mixing: Mixing,
-        pattern: Float[Tensor, "batch query key"],
-        values: Float[Tensor, "batch ..."],
-        row: Float[Tensor, "*batch_and_pos"],
-    ) -> Float[Tensor, "*batch_and_pos key"]:
-        """A[query, key] · (v[key] · w) / s at the attributed positions.
-
-        Raises:
-            UnsupportedModelError: where these do not add up to the head's row.
-        """
-        positions = self.result.positions
-        attended = positions.take(pattern)
-        # Query heads share the values of a group where there are fewer.
-        v = upcast(values.transpose(1, 2) if mixing.heads_first else values)
-        v = v.flatten(2).unflatten(2, (-1, self.direction.shape[-1]))
-        v = v[:, :, self.head * v.shape[2] // self.n_heads]
-        moved = attended * torch.einsum("bkd,bpd->bpk", v, self.direction)
-        size = torch.einsum("bkd,bpd->bpk", v.square(), self.direction.square()).sqrt()
-        size = positions.squeeze((attended * size).sum(-1))
-        moved = torch.where(positions.valid.to(moved.device)[..., None], moved, torch.nan)
-        moved = positions.squeeze(moved)
-        if self._same(moved.sum(-1), row, size):
-            return moved
-        reader, layer = self.result.plan.reader, self.attention.layer
-        raise UnsupportedModelError(
-            f"{reader.architecture} does more to the values of blocks.{layer}.attn (hook_v) than"
-            " weigh them by the attention pattern (a gate or a norm after them), so its heads"
-            ' cannot be told by source token; the rows of unit="head" stand without it.'
-        )
-
-    def _same(
-        self, sums: Float[Tensor, "..."], row: Float[Tensor, "..."], size: Float[Tensor, "..."]
-    ) -> bool:
-        """Equal up to rounding: 8 ε of the model's dtype, times the terms' size ‖v ⊙ w‖.
-
-        Six standard deviations of what rounding A and z makes are 3 ε of it (see `reconstruction`).
-        """
-        eps = self.result.plan.reader.eps
-        error = (sums.to(row) - row).abs()
-        return bool((error <= 8 * eps * size.to(row) + 1e-30).logical_or(row.isnan()).all())

@@ -272,9 +272,10 @@ def logit_lens(
     _certify(reader, points[-1], unembed, last, own)
 
     valid = positions.valid.to(read.entropy.device)
+    tensors: dict[str, Any] = {name: _masked(x, valid) for name, x in vars(read).items()}
     return LogitLens(
         [point.label for point in points],
-        **{name: _masked(x, valid) for name, x in vars(read).items()},
+        **tensors,
         model=model,
         prompts=prompts,
         positions=positions,

@@ -134,13 +134,13 @@ def scores(pooled: Mapping[PatternKind, Pooled]) -> dict[PatternKind, float]:
 
 def kind(pooled: Mapping[PatternKind, Pooled]) -> PatternKind | Literal["other"]:
     """The kind whose score is furthest past its threshold, `"other"` where none is."""
-    past: dict[PatternKind, float] = {}
+    past: dict[PatternKind | Literal["other"], float] = {}
     for name in get_args(PatternKind):
         threshold = UNIFORM if name == "uniform" else HALFWAY
         margin = (pooled[name].excess - threshold) / (1 - threshold)
         if margin >= 0:  # never so for NaN
             past[name] = margin
-    return max(past, key=lambda name: past[name]) if past else "other"
+    return max(past, key=past.__getitem__, default="other")
 
 
 def is_punctuation(token: str) -> bool:
