@@ -7,7 +7,6 @@ rows that no component writes: `ln_final.b` = β · u and `b_U`. In logits. A ro
 wrote *directly*: nothing about what later parts made of it, nor what removing it would do.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_dla.assembly import OWN_LOGIT, finish, require
+from tl_dla.assembly import shaped as shaped
 from tl_dla.choice import Choice, Unit, read_choice, require_unit
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.model import ModelReader, compute_dtype, is_bridge
 from tl_dla.model import output_transform as output_transform
-from tl_dla.reconstruction import Reconstruction, rounding
 from tl_dla.recording import Recording, cache_shape, recall, run
-from tl_dla.refinement import Row
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import (
     Answers,
@@ -191,79 +190,14 @@ def assemble(
         logits = output_transform(plan.reader.model, raw)
     raw, logits = raw.to(rows.total), logits.to(rows.total)
     ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw)
-    weights = targets.weights.to(ratio)
-
-    def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
-        return shaped(tokens @ weights.mT, targets, positions)
-
-    attribution = added(torch.stack([row.value for row in rows.rows]) * ratio)
-    expected = added(logits)
+    expected = logits
     if not plan.include_bias:
         for bias in (plan.final_beta, plan.b_U):
-            expected = expected if bias is None else expected - added(bias.to(ratio) * ratio)
-    kept = [i for i, row in enumerate(rows.rows) if plan.unit != "layer" or _ends_there(row)]
-
-    def explained(
-        size: Float[Tensor, "batch pos token"],
-        final: Float[Tensor, "batch pos token"],
-        values: Float[Tensor, "batch pos token"],
-        gross: Float[Tensor, "batch pos token"],
-    ) -> Float[Tensor, "..."]:
-        scale, d = ratio.abs(), plan.logit.direction.shape[-1]
-        gross = (gross * scale).sum(-1)
-        tolerance = rounding(size * scale, final * scale, values, gross, weights, eps, d)
-        return shaped(tolerance, targets, positions)
-
-    eps = max(plan.reader.eps, seen.eps)
-    gross = torch.stack([rows.rows[i].value for i in kept]).abs().sum(0)
-    reconstruction = Reconstruction(
-        expected,
-        attribution[kept].sum(0),
-        explained(rows.magnitude, rows.final, logits, gross),
-        "the cache's final residual stream, read out" if from_cache else "the model's own logit",
-        {
-            f"{part.parts_are} of {part.label}": Reconstruction(
-                added(part.value * ratio),
-                added(part.parts * ratio),
-                explained(2 * part.magnitude, part.magnitude, part.value * 0, part.gross),
-                f"row {part.label}",
-            )
-            for part in rows.refined
-        },
-    )
-    if check == "raise":
-        reconstruction.require(_CAUSE)
-    elif check == "warn" and not reconstruction.passed:
-        warnings.warn(f"{reconstruction}. {_CAUSE}", stacklevel=3)
-    return DirectLogitAttribution(
-        attribution=attribution,
-        labels=[row.label for row in rows.rows],
-        kinds=[row.kind for row in rows.rows],
-        layers=[row.layer for row in rows.rows],
-        unit=plan.unit,
-        logit=expected,
-        reconstruction=reconstruction,
-        plan=plan,
-        seen=seen,
-        ratio=ratio,
-        prompts=prompts,
-        positions=positions,
-        targets=targets,
-    )
-
-
-def shaped(
-    x: Float[Tensor, "*row batch pos candidate"], targets: Targets, positions: Positions
-) -> Float[Tensor, "..."]:
-    """As a result shows it: NaN where a prompt has no such position, only the axes asked for."""
-    x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
-    x = x.squeeze(-2) if positions.single else x
-    return x if targets.candidates is not None else x.squeeze(-1)
-
-
-def _ends_there(row: Row) -> bool:
-    """Whether a row of the `layer` unit is one of those that add up to the logit."""
-    return row.kind == "bias" or row.label == "final_post"
+            expected = expected if bias is None else expected - bias.to(ratio) * ratio
+    against = "the cache's final residual stream, read out" if from_cache else OWN_LOGIT
+    result = finish(plan, seen, rows, ratio, expected, logits, against, prompts, positions, targets)
+    require(result, _CAUSE, check)
+    return result
 
 
 def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) -> Prompts:

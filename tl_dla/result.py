@@ -35,11 +35,14 @@ class DirectLogitAttribution:
         attribution: `[row, *batch_and_pos]`, with a last axis `candidate` for `candidate_tokens`.
             NaN where a prompt has no such position.
         labels: the rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`).
-        kinds: what each row is: `embed`, `attn`, `mlp`, `ssm`, `head`, `bias`, `residual`, `rest`.
+        kinds: what each row is: `embed`, `attn`, `mlp`, `ssm`, `head`, `neuron`, `expert`,
+            `source`, `bias`, `residual`, `rest`.
         layers: each row's layer, None for rows of no layer.
         unit: the unit asked for.
         logit: the model's own logit, or logit difference, `[*batch_and_pos]`.
         reconstruction: the certificate that the rows add up to it.
+        path: the source rows whose value the rows split, in a result of `attribute_path`; `logit`
+            is then what the last of them moved.
     """
 
     attribution: Float[Tensor, "row *batch_and_pos"]
@@ -55,6 +58,7 @@ class DirectLogitAttribution:
     prompts: Prompts = field(repr=False)
     positions: Positions = field(repr=False)
     targets: Targets = field(repr=False)
+    path: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.labels) == len(self.kinds) == len(self.layers) == len(self.attribution):
@@ -103,8 +107,11 @@ class DirectLogitAttribution:
         attribution (see `decompose`); the bias rows are not in the stream.
 
         Raises:
-            ArgumentError: for a result over several candidates, which has a readout for each.
+            ArgumentError: for a result over several candidates, which has a readout for each, and
+                for a path, whose rows are not in the final stream.
         """
+        if self.path:
+            raise ArgumentError("A path's rows are read out through its head, not from the stream.")
         if self.targets.candidates is not None:
             raise ArgumentError("A result over candidates has no single readout.")
         base = self.plan.logit
@@ -250,7 +257,9 @@ class DirectLogitAttribution:
     def __repr__(self) -> str:
         """The rows that matter, the total, the model's own logit and the certificate."""
         shape = list(self.attribution.shape)
-        lines = [f'DirectLogitAttribution: {self.target}, unit="{self.unit}", rows {shape}']
+        through = "".join(f", through {source}" for source in self.path)
+        title = f"DirectLogitAttribution: {self.target}{through}"
+        lines = [f'{title}, unit="{self.unit}", rows {shape}']
         several = self.attribution[0].numel() > 1
         shown = min(_SHOWN, len(self.labels))
         rows = self.top(shown, by="magnitude", mean=True)
@@ -260,7 +269,8 @@ class DirectLogitAttribution:
         lines += [f"  {label:>{width}}  {value:+9.4f}" for label, value in rows]
         total = float(self.reconstruction.reconstructed.nanmean())
         own = float(self.logit.nanmean())
-        lines.append(f"  {'all rows':>{width}}  {total:+9.4f}   the model's own: {own:+.4f}")
+        of = self.path[-1] if self.path else "the model's own"
+        lines.append(f"  {'all rows':>{width}}  {total:+9.4f}   {of}: {own:+.4f}")
         lines.append(f"  {self.reconstruction}")
         return "\n".join(lines)
 

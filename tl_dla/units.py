@@ -176,6 +176,15 @@ class Plan:
 
     # ---- after it ------------------------------------------------------------------------------
 
+    def shown(self, seen: Recording, positions: Positions | None = None) -> Seen:
+        """What the pass has shown, with its scales known."""
+        scales = {name: x for name, x in seen.values.items() if x.ndim == 2}
+        sources = None
+        if positions is not None and bool(positions.valid.any()):
+            sources = int(positions.index[positions.valid].max()) + 1
+        final = seen.values[self.end]
+        return Seen(seen.values, scales, final.shape, final.device, sources)
+
     def rows(
         self,
         seen: Recording,
@@ -190,12 +199,7 @@ class Plan:
                 positions count when neurons are ranked.
             weights: how the tokens are added up, for the ranking of neurons.
         """
-        values = seen.values
-        scales = {name: x for name, x in values.items() if x.ndim == 2}
-        sources = None
-        if positions is not None and bool(positions.valid.any()):
-            sources = int(positions.index[positions.valid].max()) + 1
-        shown = Seen(values, scales, values[self.end].shape, values[self.end].device, sources)
+        values, shown = seen.values, self.shown(seen, positions)
         scaled = shown.scaled
 
         stream: list[Row] = []
@@ -226,7 +230,7 @@ class Plan:
                 before, pending, additions = value, [], 0
         final = scaled(values[f"|{self.end}|"], self.logit).abs()
         size = torch.stack(magnitudes).square().sum(0).sqrt()
-        biases = self._biases(shown.shape, final)
+        biases = self._bias_rows(final)
         total = points[-1].value + sum(row.value for row in biases)
         if self.unit == "layer":
             return Rows(points + biases, total, size, final)
@@ -311,12 +315,17 @@ class Plan:
         label = "embed_rest" if layer is None else f"{layer}_rest"
         return [*rows, Row(label, "rest", layer, rest)]
 
-    def _biases(self, shape: torch.Size, like: Tensor) -> list[Row]:
-        rows = []
-        for label, bias in (("ln_final.b", self.final_beta), ("b_U", self.b_U)):
-            if bias is not None and self.include_bias:
-                rows.append(Row(label, "bias", None, bias.to(like).expand(shape)))
-        return rows
+    @property
+    def biases(self) -> list[tuple[str, Tensor | None]]:
+        """The constants that no row of the stream holds, already in logits."""
+        return [("ln_final.b", self.final_beta), ("b_U", self.b_U)]
+
+    def _bias_rows(self, like: Float[Tensor, "batch pos token"]) -> list[Row]:
+        return [
+            Row(label, "bias", None, bias.to(like).expand_as(like))
+            for label, bias in self.biases
+            if bias is not None and self.include_bias
+        ]
 
 
 def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:

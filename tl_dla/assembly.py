@@ -1,0 +1,122 @@
+"""From rows to a result: the output transform, the target tokens added up, the certificate."""
+
+import warnings
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.reconstruction import Reconstruction, rounding
+from tl_dla.recording import Recording
+from tl_dla.refinement import Row, Rows
+from tl_dla.result import DirectLogitAttribution
+from tl_dla.tokens import Positions, Prompts, Targets
+from tl_dla.units import Plan
+
+OWN_LOGIT = "the model's own logit"
+
+
+def finish(
+    plan: Plan,
+    seen: Recording,
+    rows: Rows,
+    ratio: Float[Tensor, "batch pos token"],
+    expected: Float[Tensor, "batch pos token"],
+    rounded: Float[Tensor, "batch pos token"],
+    against: str,
+    prompts: Prompts,
+    positions: Positions,
+    targets: Targets,
+    path: tuple[str, ...] = (),
+) -> DirectLogitAttribution:
+    """The result of rows: added up over the target tokens, and certified.
+
+    Args:
+        plan: what was read.
+        seen: what it showed.
+        rows: the rows, before the output transform.
+        ratio: the output transform, frozen.
+        expected: what the rows must add up to, after the transform.
+        rounded: the value that is rounded last in the model's dtype.
+        against: what `expected` is, in words.
+        prompts: the prompts.
+        positions: the positions attributed.
+        targets: the target tokens and how they are added up.
+        path: the source rows that the rows split, the last one last.
+    """
+    weights = targets.weights.to(ratio)
+    eps = max(plan.reader.eps, seen.eps)
+
+    def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
+        return shaped(tokens @ weights.mT, targets, positions)
+
+    def explained(
+        size: Float[Tensor, "batch pos token"],
+        final: Float[Tensor, "batch pos token"],
+        values: Float[Tensor, "batch pos token"],
+        gross: Float[Tensor, "batch pos token"],
+    ) -> Float[Tensor, "..."]:
+        scale, d = ratio.abs(), plan.logit.direction.shape[-1]
+        gross = (gross * scale).sum(-1)
+        tolerance = rounding(size * scale, final * scale, values, gross, weights, eps, d)
+        return shaped(tolerance, targets, positions)
+
+    stacked = torch.stack([row.value for row in rows.rows])
+    attribution = added(stacked * ratio)
+    kept = [i for i, row in enumerate(rows.rows) if plan.unit != "layer" or _ends_there(row, plan)]
+    reconstruction = Reconstruction(
+        added(expected),
+        attribution[kept].sum(0),
+        explained(rows.magnitude, rows.final, rounded, stacked[kept].abs().sum(0)),
+        against,
+        {
+            f"{part.parts_are} of {part.label}": Reconstruction(
+                added(part.value * ratio),
+                added(part.parts * ratio),
+                explained(2 * part.magnitude, part.magnitude, part.value * 0, part.gross),
+                f"row {part.label}",
+            )
+            for part in rows.refined
+        },
+    )
+    return DirectLogitAttribution(
+        attribution=attribution,
+        labels=[row.label for row in rows.rows],
+        kinds=[row.kind for row in rows.rows],
+        layers=[row.layer for row in rows.rows],
+        unit=plan.unit,
+        logit=reconstruction.expected,
+        reconstruction=reconstruction,
+        plan=plan,
+        seen=seen,
+        ratio=ratio,
+        prompts=prompts,
+        positions=positions,
+        targets=targets,
+        path=path,
+    )
+
+
+def require(
+    result: DirectLogitAttribution, cause: str, check: Literal["raise", "warn", "off"]
+) -> None:
+    """Raise, warn or say nothing where the certificate of a result failed."""
+    if check == "raise":
+        result.reconstruction.require(cause)
+    elif check == "warn" and not result.reconstruction.passed:
+        warnings.warn(f"{result.reconstruction}. {cause}", stacklevel=4)
+
+
+def shaped(
+    x: Float[Tensor, "*row batch pos candidate"], targets: Targets, positions: Positions
+) -> Float[Tensor, "..."]:
+    """As a result shows it: NaN where a prompt has no such position, only the axes asked for."""
+    x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
+    x = x.squeeze(-2) if positions.single else x
+    return x if targets.candidates is not None else x.squeeze(-1)
+
+
+def _ends_there(row: Row, plan: Plan) -> bool:
+    """Whether a row of the `layer` unit is one of those that add up to the logit."""
+    return row.kind == "bias" or row.label == plan.end
