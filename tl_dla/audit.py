@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.erasure import Erasures, erasures
-from tl_dla.errors import ArgumentError
+from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.flags import FLAGS, Flag, flags_of, where
 from tl_dla.interventions import (
     ABLATABLE,
@@ -60,8 +60,8 @@ class Audit:
         total: the logit, less that of the ablated run.
         repairs: for each row where direct − total goes.
         erasures: what later rows remove of each single row.
-        suppression: for each negative head the share of its row from source tokens that are the
-            answer; NaN for other rows.
+        copied: for each negative head what its row owes to source tokens that are the answer; NaN
+            for other rows, and where the model's heads cannot be split by source token.
         ablation, at: what was written instead of the rows, and where.
     """
 
@@ -72,7 +72,7 @@ class Audit:
     total: Float[Tensor, " row *batch_and_pos"]
     repairs: dict[str, SelfRepair]
     erasures: Erasures
-    suppression: Float[Tensor, " row *batch_and_pos"]
+    copied: Float[Tensor, " row *batch_and_pos"]
     ablation: Ablation
     at: At
 
@@ -103,7 +103,8 @@ class Audit:
 
         Columns: `row`, `direct`, `direct_recomputed`, `total`, `indirect`; what is given back when
         the row is ablated: `repair_attention`, `repair_mlps`, `repair_norm`; `left` (of the write,
-        at the end), `copy_share`; and a column of booleans for each of the flags.
+        at the end); `copy_share` (of a negative head's row, from source tokens that are the
+        answer); and a column of booleans for each of the flags.
 
         Args:
             by_prompt: one line per row, prompt and position instead, without flags.
@@ -119,14 +120,15 @@ class Audit:
             "repair_mlps": self._repairs("mlps"),
             "repair_norm": self._repairs("norm"),
             "left": self.left,
-            "copy_share": self.suppression,
         }
         n = len(self.rows)
         if not by_prompt:
             means = {name: x.reshape(n, -1).nanmean(1).tolist() for name, x in parts.items()}
+            means["copy_share"] = self.copy_share.tolist()
             raised = {(flag.row, flag.name) for flag in self.flags}
             flags = {name: [(row, name) in raised for row in self.rows] for name in FLAGS}
             return pd.DataFrame({"row": self.rows, **means, **flags})
+        parts["copy_share"] = self.copied / self._of_result()
         positions = self.result.positions
         places = positions.valid.nonzero()
         index = positions.index[tuple(places.T)].tolist()
@@ -139,6 +141,17 @@ class Audit:
             where = {"prompt": places[:, 0].tolist(), "position": index}
             lines.append(pd.DataFrame({"row": row, **where, **values}))
         return pd.concat(lines, ignore_index=True)
+
+    def _of_result(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """The rows themselves, groups added up."""
+        groups = [row.split("+") for row in self.rows]
+        return torch.stack([sum(self.result[label] for label in group) for group in groups])
+
+    @property
+    def copy_share(self) -> Float[Tensor, " row"]:
+        """`copied` over the row, of means: where a row is near 0 it has no share to speak of."""
+        copied, own = (x.reshape(len(self.rows), -1) for x in (self.copied, self._of_result()))
+        return copied.nanmean(1) / own.nanmean(1)
 
     def _repairs(self, part: str) -> Float[Tensor, " row *batch_and_pos"]:
         return torch.stack([getattr(self.repairs[row], part) for row in self.rows])
@@ -231,10 +244,18 @@ def audit(
         total=torch.stack([repairs[name].total for name in groups]),
         repairs=repairs,
         erasures=erasures(result, single, stack=stack),
-        suppression=copy_suppression(result, list(groups)),
+        copied=_copied(result, list(groups)),
         ablation=ablation,
         at=at,
     )
+
+
+def _copied(result: DirectLogitAttribution, rows: list[str]) -> Tensor:
+    """NaN throughout for a model whose heads cannot be split: the rest of the audit stands."""
+    try:
+        return copy_suppression(result, rows)
+    except UnsupportedModelError:
+        return torch.stack([torch.full_like(result.logit, torch.nan) for _ in rows])
 
 
 def _largest(result: DirectLogitAttribution, k: int) -> list[str]:

@@ -40,7 +40,7 @@ class _Row:
         self.recomputed = float(audit.direct_recomputed[i].nanmean())
         self.total = float(audit.total[i].nanmean())
         self.left = float(audit.left[i].nanmean())
-        self.copied = float(audit.suppression[i].nanmean())
+        self.copied = float(audit.copy_share[i])
         self.norm = float(self.repair.norm.nanmean())
 
     @property

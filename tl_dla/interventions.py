@@ -19,9 +19,10 @@ distinction is that of Pearl 2001, for language models Vig et al. 2020
 Only the attributed positions are overwritten (`at="position"`), or every token (`at="all"`).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_dla.attribution import assemble, make_plan, shaped
+from tl_dla.choice import Choice
 from tl_dla.errors import ArgumentError
+from tl_dla.neurons import Neurons
 from tl_dla.recording import Probe, Recording, run
+from tl_dla.refinement import Heads
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.tokens import Positions, Prompts, Targets
@@ -161,11 +165,8 @@ def place_of(result: DirectLogitAttribution, label: str) -> Place:
     """
     result[label]  # an unknown label has its own message
     kind = result.kinds[result.labels.index(label)]
-    for attention, _, _ in result.plan.attention:
-        heads = attention.W_O.shape[0]
-        for head in range(heads):
-            if label == f"L{attention.layer}H{head}":
-                return Place(attention.site, head, heads)
+    if (place := _place_of_part(result, label)) is not None:
+        return place
     for step in result.plan.stream.writes:
         if step.label == label:
             return Place(step.site)
@@ -173,6 +174,21 @@ def place_of(result: DirectLogitAttribution, label: str) -> Place:
         f"Row {label!r} (kind {kind!r}) is not written at one place that could be overwritten;"
         f" rows of kind {', '.join(ABLATABLE)} are."
     )
+
+
+def _place_of_part(result: DirectLogitAttribution, label: str) -> Place | None:
+    """The place of a head or a neuron."""
+    for refinement in result.plan.refinements.values():
+        layer, part = refinement.layer, refinement.part
+        if isinstance(refinement, Heads):
+            found, parts = re.fullmatch(rf"L{layer}H(\d+)", label), part.W_O.shape[0]
+        elif isinstance(refinement, Neurons):
+            found, parts = re.fullmatch(rf"L{layer}N(\d+)", label), part.W_out.shape[0]
+        else:
+            continue
+        if found is not None:
+            return Place(part.site, int(found[1]), parts)
+    return None
 
 
 def require_input(result: DirectLogitAttribution) -> None:
@@ -198,17 +214,20 @@ def _run_edited(
     result: DirectLogitAttribution, edits: Sequence[Edit], copies: int, probes: Sequence[Probe]
 ) -> list[DirectLogitAttribution]:
     """The attribution in each copy of the prompts, the edits in place."""
-    plan, targets = result.plan, _tile_targets(result.targets, copies)
+    # The neurons that have rows in the clean run, whichever are the largest in this one.
+    plan, choice = result.plan, _pinned(result)
+    plan = plan.split_into(plan.unit, choice)
+    targets, tiled = _tile_targets(result.targets, copies), plan
     if targets is not result.targets:
-        plan = make_plan(plan.reader, targets, plan.unit, plan.include_bias)
-    prompts = tile_prompts(result.prompts, copies)
+        tiled = make_plan(plan.reader, targets, plan.unit, plan.include_bias, choice)
+    prompts = _tile_prompts(result.prompts, copies)
     with editing(result.model, edits, prompts):
-        positions = tile_positions(result.positions, copies)
-        seen = run(result.model, prompts, positions, [*plan.probes, *probes], targets)
+        positions = _tile_positions(result.positions, copies)
+        seen = run(result.model, prompts, positions, [*tiled.probes, *probes], targets)
     batch = len(result.prompts.tokens)
     return [
         assemble(
-            result.plan,
+            plan,
             _part(seen, slice(i * batch, (i + 1) * batch)),
             result.prompts,
             result.positions,
@@ -218,6 +237,14 @@ def _run_edited(
         )
         for i in range(copies)
     ]
+
+
+def _pinned(result: DirectLogitAttribution) -> Choice:
+    choice = result.plan.choice
+    if choice.top_neurons is None:
+        return choice
+    neurons = [label for label in result.labels if re.fullmatch(r"L\d+N\d+", label)]
+    return replace(choice, top_neurons=None, neurons=tuple(neurons))
 
 
 @contextmanager
@@ -257,13 +284,13 @@ def editing(model: Any, edits: Sequence[Edit], prompts: Prompts) -> Iterator[Non
         yield
 
 
-def tile_prompts(prompts: Prompts, copies: int) -> Prompts:
+def _tile_prompts(prompts: Prompts, copies: int) -> Prompts:
     """The prompts several times over."""
     start, length = prompts.start.repeat(copies), prompts.length.repeat(copies)
     return Prompts(prompts.tokens.repeat(copies, 1), start, length)
 
 
-def tile_positions(positions: Positions, copies: int) -> Positions:
+def _tile_positions(positions: Positions, copies: int) -> Positions:
     """Their positions likewise."""
     index, valid = positions.index.repeat(copies, 1), positions.valid.repeat(copies, 1)
     return Positions(index, valid, positions.single, positions.every)

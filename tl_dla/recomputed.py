@@ -84,7 +84,8 @@ def written(result: DirectLogitAttribution) -> ResidualStack:
     if result.unit not in ("component", "head"):
         raise ArgumentError(
             f'What rows wrote is known for unit="component" and unit="head", not for'
-            f' "{result.unit}": attribute with one of them.'
+            f' "{result.unit}": attribute with one of them. (Neurons can be ablated all the same:'
+            " see ablate and self_repair.)"
         )
     reader, unit = result.plan.reader, result.plan.unit
     probes: list[Probe] = vector_probes(reader, unit)

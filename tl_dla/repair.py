@@ -206,7 +206,7 @@ def model_logits(result: DirectLogitAttribution) -> Float[Tensor, "batch pos tok
 
 def _stream_rows(result: DirectLogitAttribution) -> dict[str, tuple[Kind, Tensor]]:
     """The rows in the final residual stream, before the output transform, by label."""
-    rows = result.plan.rows(result.seen).rows
+    rows = result.plan.rows(result.seen, result.positions, result.targets.weights).rows
     return {
         row.label: (row.kind, row.value) for row in rows if row.label not in ("ln_final.b", "b_U")
     }
