@@ -23,9 +23,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     " --disable-background-networking --disable-component-update --hide-scrollbars"
-    " --remote-debugging-pipe --force-color-profile=srgb"
+    " --enable-unsafe-swiftshader --remote-debugging-pipe --force-color-profile=srgb"
 ).split()
-LIMIT_S = 120.0
+LIMIT_S = 40.0
 
 
 class Browser:
@@ -164,6 +164,11 @@ class Page:
             "Page.captureScreenshot", format="png", captureBeyondViewport=True, **part
         )
         Path(path).write_bytes(base64.b64decode(answer["data"]))
+
+    def hover(self, x: float, y: float) -> None:
+        """Move the mouse to a place of the window."""
+        for step in (-2, -1, 0):
+            self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
 
     def pdf(self, path: Path | str) -> None:
         """The page as printed."""

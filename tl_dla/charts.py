@@ -239,7 +239,7 @@ def dots(
     values: Float[np.ndarray, "row sample"],
     samples: Sequence[str],
     *,
-    places: Sequence[float] | None = None,
+    places: Sequence[int] | None = None,
     share: Float[np.ndarray, "row sample"] | None = None,
     unit: str = "logits",
     **axes: str,
@@ -255,7 +255,7 @@ def dots(
     of_logit = " (%{customdata[2]})" if share is not None else ""
     return go.Scatter(
         x=values.ravel(),
-        y=np.concatenate([spread(place, n_samples) for place in places or range(n_rows)]),
+        y=np.concatenate([spread(float(place), n_samples) for place in places or range(n_rows)]),
         customdata=data,
         mode="markers",
         marker=dict(size=size, color=DOT, opacity=0.85, line=dict(width=0.8, color="#ffffff")),

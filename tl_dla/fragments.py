@@ -15,6 +15,7 @@ from tl_dla.attention_view import AttentionStyle, AttentionView
 from tl_dla.charts import number
 from tl_dla.table import table_html
 from tl_dla.tokens import token_strings
+from tl_dla.view import has_tokens
 
 if TYPE_CHECKING:
     from tl_dla.attention import HeadPattern, HeadPatterns
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("tl-dla", "transformer-lens", "torch", "transformers", "plotly", "circuitsvis")
 _MOST_TOKENS = 160  # of an attention pattern, whose size grows with their square
-
-
-def has_tokens(result: "DirectLogitAttribution") -> bool:
-    """Whether the model was run on tokens, and can be again; a cache may have come without them."""
-    return result.seen.logits is not None
 
 
 def model(result: "DirectLogitAttribution") -> str:
@@ -48,7 +44,7 @@ def _tokens(result: "DirectLogitAttribution", prompt: int) -> list[str]:
 def prompts(result: "DirectLogitAttribution") -> str:
     """Every prompt with its attributed positions marked."""
     if not has_tokens(result):
-        return '<p class="soft">from a cache</p>'
+        return '<p class="soft">From a cache that came without its tokens.</p>'
     lines = []
     for b in range(len(result.prompts.tokens)):
         marked = set(result.positions.index[b][result.positions.valid[b]].tolist())

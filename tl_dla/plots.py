@@ -347,4 +347,9 @@ def _lens_colour(lens: "LogitLens", colour: str, token: int) -> Float[Tensor, "l
             f"The lens was not given a token whose {colour} to show: pass answer_tokens to"
             " logit_lens."
         )
-    return chosen[..., token]
+    if not 0 <= token < chosen.shape[-1]:
+        raise ArgumentError(
+            f"token must be the index of one of the {chosen.shape[-1]} asked for; {token} was"
+            " given."
+        )
+    return chosen[..., token].double()

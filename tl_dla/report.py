@@ -68,18 +68,24 @@ def write_report(
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(f"The report cannot be written to {path}: {error}.") from error
+        raise _unwritable(path, f"{error.strerror}") from error
     return path
 
 
 def _require_writable(path: Path) -> None:
     """Fail before the model runs, not after."""
-    if path.is_dir():
-        raise ArgumentError(f"The report cannot be written to {path}: it is a folder; name a file.")
-    if not path.parent.is_dir():
-        raise ArgumentError(
-            f"The report cannot be written to {path}: there is no folder {path.parent}."
-        )
+    try:
+        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+    except OSError as error:
+        raise _unwritable(path, f"{error.strerror}") from error
+    if is_folder:
+        raise _unwritable(path, "it is a folder; name a file")
+    if not has_folder:
+        raise _unwritable(path, f"there is no folder {path.parent}")
+
+
+def _unwritable(path: Path, reason: str) -> ArgumentError:
+    return ArgumentError(f"The report cannot be written to {path}: {reason}.")
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def _sections(
         wanted = min(3, own.kinds.count("head")) if k is None else k
         return fragments.heads(top_heads_with_patterns(own, wanted), prompt, attention)
 
-    alone = not fragments.has_tokens(result)
+    alone = result.seen.logits is None  # from a cache, which may have come without its input
     parts = []
     if result.unit not in _UNITS:
         own = (f"By {result.unit}", "The rows of this result.")

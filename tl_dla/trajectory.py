@@ -50,15 +50,15 @@ def trajectory(
         traces += _steps(result, stations, mean, several=len(view.samples) > 1)
     fig = go.Figure(traces)
     title, subtitle = headings(result, "Reading of the stream for", view)
-    named = [i for i, label in enumerate(stations) if not label.endswith("_mid")]
-    layers = [i for i in named if stations[i].endswith("_pre")]
-    ticks = layers[:: -(-len(layers) // 20)] + [i for i in named if i not in layers]
+    named = [label for label in stations if not label.endswith("_mid")]
+    layers = [label for label in named if label.endswith("_pre")]
+    ticks = layers[:: -(-len(layers) // 20)] + [label for label in named if label not in layers]
     fig.update_xaxes(
         tickmode="array",
-        tickvals=ticks,
-        ticktext=[safe(stations[i].removesuffix("_pre").removesuffix("_post")) for i in ticks],
+        tickvals=[stations[label] for label in ticks],
+        ticktext=[safe(label.removesuffix("_pre").removesuffix("_post")) for label in ticks],
         title_text="before layer",
-        range=[-0.5, len(stations) * 1.06],
+        range=[-0.5, max(stations.values()) * 1.06 + 0.5],
         showgrid=False,
         zeroline=False,
     )
@@ -69,25 +69,31 @@ def trajectory(
 
 def _levels(
     result: "DirectLogitAttribution", view: View
-) -> tuple[list[str], Float[np.ndarray, "station sample candidate"]]:
-    """The stream's readings, then the reading with each bias added: the last is the logit."""
+) -> tuple[dict[str, float], Float[np.ndarray, "station sample candidate"]]:
+    """The stream's readings, then the reading with each bias added: the last is the logit.
+
+    The stations come with their places on the axis, the biases with room for their names.
+    """
     points = [row for row, kind in enumerate(result.kinds) if kind == "residual"]
     biases = [row for row, kind in enumerate(result.kinds) if kind == "bias"]
     levels = [*view.values[points]]
     for row in biases:
         levels.append(levels[-1] + view.values[row])
-    return [result.labels[row] for row in points + biases], np.stack(levels)
+    gap, last = max(1.0, len(points) / 10), len(points) - 1
+    places = {result.labels[row]: float(i) for i, row in enumerate(points)}
+    places |= {result.labels[row]: last + gap * i for i, row in enumerate(biases, 1)}
+    return places, np.stack(levels)
 
 
 def _lines(
-    stations: list[str], levels: Float[np.ndarray, "station sample"], view: View
+    stations: dict[str, float], levels: Float[np.ndarray, "station sample"], view: View
 ) -> list[go.Scatter]:
     """A thin line for each of several samples."""
     if len(view.samples) == 1:
         return []
     x, y, names = [], [], []
     for sample, line in zip(view.samples, levels.T, strict=True):
-        x += [*range(len(stations)), None]
+        x += [*stations.values(), None]
         y += [*line, None]
         names += [[safe(station), safe(sample)] for station in stations] + [["", ""]]
     return [
@@ -107,18 +113,19 @@ def _lines(
 
 def _steps(
     result: "DirectLogitAttribution",
-    stations: list[str],
+    stations: dict[str, float],
     mean: Float[np.ndarray, " station"],
     several: bool,
 ) -> list[go.Scatter]:
     """The line, in pieces coloured by what wrote them, and its points."""
     written = _written_between(result)
     pieces: dict[str, list[int]] = {}
-    for i, label in enumerate(stations[1:], 1):
-        pieces.setdefault(written.get(label, "bias"), []).append(i)
-    traces = []
+    for i, label in enumerate(stations):
+        if i:
+            pieces.setdefault(written.get(label, "bias"), []).append(i)
+    traces, places = [], list(stations.values())
     for name, ends in pieces.items():
-        x = [place for i in ends for place in (i - 1, i, None)]
+        x = [place for i in ends for place in (places[i - 1], places[i], None)]
         y = [level for i in ends for level in (mean[i - 1], mean[i], None)]
         line = dict(color=_STEP_COLOURS.get(name, charts.NEUTRAL), width=2.5)
         traces.append(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
@@ -129,9 +136,9 @@ def _steps(
         f" ({charts.percent(level / logit)})<br>step {step:+.4f} from {written.get(label, 'bias')}"
         for label, level, step in zip(stations, mean, steps, strict=True)
     ]
-    hover[0] = f"<b>{safe(stations[0])}</b><br>{'mean ' * several}{mean[0]:+.4f} logits"
+    hover[0] = f"<b>{safe(next(iter(stations)))}</b><br>{'mean ' * several}{mean[0]:+.4f} logits"
     dots = go.Scatter(
-        x=list(range(len(stations))),
+        x=places,
         y=mean,
         mode="markers",
         marker=dict(size=5, color=charts.NEUTRAL),
@@ -141,7 +148,7 @@ def _steps(
         name="readings",
     )
     end = go.Scatter(
-        x=[len(stations) - 1],
+        x=places[-1:],
         y=[mean[-1]],
         mode="markers+text",
         marker=dict(size=11, symbol="diamond", color=charts.NEUTRAL),
@@ -169,7 +176,7 @@ def _written_between(result: "DirectLogitAttribution") -> dict[str, str]:
 
 
 def _candidate_lines(
-    stations: list[str], levels: Float[np.ndarray, "station sample candidate"], view: View
+    stations: dict[str, float], levels: Float[np.ndarray, "station sample candidate"], view: View
 ) -> list[go.Scatter]:
     """A line for each candidate, and a thin one for each of its samples."""
     traces = []
@@ -181,7 +188,7 @@ def _candidate_lines(
                 traces.append(line.update(showlegend=False, line_width=0.8, **group))
         traces.append(
             go.Scatter(
-                x=list(range(len(stations))),
+                x=list(stations.values()),
                 y=levels[..., c].mean(1),
                 name=safe(repr(name)),
                 line_width=2.5,

@@ -57,13 +57,18 @@ def read(
         for b, p in result.positions.valid.nonzero().tolist()
         if wanted is None or b == wanted
     ]
-    texts = [shorten(prompt_text(result, b)) for b in range(n_prompts)]
     packed, index = result.prompts.packed, result.positions.index
     at = tuple(np.array(places).T)
-    tokens = token_strings(result.model, packed[at[0], index[at]])
+    if has_tokens(result):
+        texts = [f": {shorten(prompt_text(result, b))}" for b in range(n_prompts)]
+        tokens = token_strings(result.model, packed[at[0], index[at]])
+        named = [f" {token!r}" for token in tokens]
+    else:
+        texts, named = [""] * n_prompts, [""] * len(places)
+        tokens = [str(int(i)) for i in index[at]]
     samples = [
-        f"prompt {b}, position {int(index[b, p])} {token!r}: {texts[b]}"
-        for (b, p), token in zip(places, tokens, strict=True)
+        f"prompt {b}, position {int(index[b, p])}{token}{texts[b]}"
+        for (b, p), token in zip(places, named, strict=True)
     ]
     return View(values[:, at[0], at[1]], logit[at], samples, [b for b, _ in places], tokens, names)
 
@@ -77,6 +82,11 @@ def _candidate(names: list[str], candidate: str | int) -> int:
         f"candidate must be one of {', '.join(map(repr, names))}, or its index; {candidate!r} was"
         " given."
     )
+
+
+def has_tokens(result: "DirectLogitAttribution") -> bool:
+    """Whether the prompts' tokens are known; a cache may have come without them."""
+    return result.seen.logits is not None or bool(result.prompts.tokens.any())
 
 
 def prompt_text(result: "DirectLogitAttribution", prompt: int) -> str:
@@ -135,7 +145,7 @@ def bars(
     view: View,
     share: Float[np.ndarray, "row sample"],
     *,
-    places: Sequence[float] | None = None,
+    places: Sequence[int] | None = None,
     **axes: str,
 ) -> list[Any]:
     """A bar from 0 for each row's value, or its mean with a dot for every value."""

@@ -1,0 +1,69 @@
+"""Small models with awkward words, and pages of their figures, for the tests of what is seen."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests.zoo.build import perturb
+
+# What a user may write: markup, entities, quotes, templates, line ends.
+WORDS = ["the", "cat", "dog", "sat", "<script>alert(1)</script>", "&amp;", '"', "'", "{{plotly}}"]
+WORDS += ["</script><b>", "%{x}", "$&", "<!--", "mat", "on", "a"]
+NASTY = "the cat <script>alert(1)</script> &amp; \" ' {{plotly}} </script><b> %{x} $& <!-- the cat"
+PROMPTS = ["the cat sat on a mat the cat", "the dog sat on the", "a dog"]
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tl_dla_pages_")
+
+
+@functools.cache
+def hf_model(n_layers: int = 3, n_heads: int = 5, d_head: int = 4) -> tuple[Any, Path]:
+    """A GPT-2 with random weights, and the folder that holds it and its tokenizer of words."""
+    config = transformers.GPT2Config(
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=n_heads * d_head,
+        vocab_size=len(WORDS) + 2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    perturb(model)
+    folder = Path(_root().name) / f"{n_layers}x{n_heads}"
+    model.save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[BOS]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="[BOS]", unk_token="[UNK]", pad_token="[UNK]"
+    ).save_pretrained(folder)
+    return model, folder
+
+
+@functools.cache
+def bridge(n_layers: int = 3, n_heads: int = 5, d_head: int = 4) -> Any:
+    """The same as a `TransformerBridge`; shared, so treat it as read-only."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    _, folder = hf_model(n_layers, n_heads, d_head)
+    return TransformerBridge.boot_transformers(str(folder), device="cpu")
+
+
+@torch.no_grad()
+def own_logits(text: str, *words: str, **size: int) -> list[float]:
+    """The plain model's logits of some words after a prompt, by `transformers` alone."""
+    model, folder = hf_model(**size)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode(text)])
+    ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
+    last = model(ids).logits[0, -1]
+    return [float(last[tokenizer.convert_tokens_to_ids(word)]) for word in words]
