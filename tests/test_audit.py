@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jaxtyping
 import pytest
 import torch
+from torch import Tensor
 
 from tests.plain import (
     HEAD,
@@ -27,10 +28,12 @@ from tl_dla import (
     direct_effect_recomputed,
     direct_logit_attribution,
     erasures,
+    load_model,
 )
 from tl_dla.audit import audit
 from tl_dla.errors import ArgumentError
 from tl_dla.flags import FLAGS
+from tl_dla.ioi import classic_prompts
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -153,6 +156,44 @@ def test_native_models_folded_or_without_norms(name: str) -> None:
     if name == "native_none":  # no norm, nothing to rescale
         torch.testing.assert_close(found.direct_recomputed, found.direct, atol=1e-5, rtol=1e-5)
     assert model(ids) is not None
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2s_ioi_prompts() -> None:
+    """Ablating one of the largest heads, against the plain model; and what the audit finds."""
+    prompts = classic_prompts(model := load_model("smollm2"))
+    texts, answers, incorrect = zip(
+        *((p["prompt"], p["answer"], p["incorrect"]) for p in prompts), strict=True
+    )
+    result = direct_logit_attribution(
+        model, list(texts), list(answers), list(incorrect), unit="head"
+    )
+    found = audit(result, rows=["L23H0", "L24H4", "L29H0"], progress=False)
+    plain_model = model.original_model
+    prompt = result.prompts.packed[:1, : int(result.prompts.length[0])]
+    ids = result.targets.ids[0, 0]
+
+    def difference() -> Tensor:
+        with torch.no_grad():
+            logits = plain_model(prompt).logits[0, -1]
+        return logits[ids[0]] - logits[ids[1]]
+
+    def zero(_module, args):
+        z = args[0].clone()
+        z[:, -1, :64] = 0.0
+        return (z,)
+
+    clean = difference()
+    handle = plain_model.model.layers[23].self_attn.o_proj.register_forward_pre_hook(zero)
+    without = difference()
+    handle.remove()
+    torch.testing.assert_close(found.total[0, 0], clean - without, atol=1e-3, rtol=1e-3)
+    # The name mover's write is taken out by a negative head that reads the answer itself.
+    table = found.to_dataframe().set_index("row")
+    assert table.loc["L23H0", "erased"] and table.loc["L23H0", "repaired"]
+    assert "L24H4 -" in next(f.sentence for f in found.flags if f.name == "erased")
+    assert table.loc["L24H4", "copy_suppression"] and not table.loc["L29H0", "copy_suppression"]
 
 
 @contextmanager

@@ -145,7 +145,8 @@ class Audit:
     def _of_result(self) -> Float[Tensor, " row *batch_and_pos"]:
         """The rows themselves, groups added up."""
         groups = [row.split("+") for row in self.rows]
-        return torch.stack([sum(self.result[label] for label in group) for group in groups])
+        result = self.result
+        return torch.stack([torch.stack([result[x] for x in group]).sum(0) for group in groups])
 
     @property
     def copy_share(self) -> Float[Tensor, " row"]:

@@ -98,11 +98,11 @@ def flags_of(audit: "Audit", i: int) -> list[Flag]:
             f" outweighs the row ({row.reactions}), and its sign alone misleads. Next: {row.next}."
         )
     elif abs(total) < HALF * abs(direct):
+        both = f'ablate both, result.audit(rows=[["{name}", "{row.partner}"]]), and '
         found["repaired"] = (
             f"{row.ablated} logit by {-total:+.3f} only: the rest of the model gives back"
             f" {1 - total / direct:.0%} ({row.reactions}), so the row is not what the model would"
-            f' lose. Next: ablate both, result.audit(rows=[["{name}", "{row.partner}"]]), and'
-            f" {row.next}."
+            f" lose. Next: {'' if row.by_norm else both}{row.next}."
         )
     elif abs(total) > 2 * abs(direct):
         found["mediated"] = (

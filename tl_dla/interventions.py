@@ -179,15 +179,14 @@ def place_of(result: DirectLogitAttribution, label: str) -> Place:
 def _place_of_part(result: DirectLogitAttribution, label: str) -> Place | None:
     """The place of a head or a neuron."""
     for refinement in result.plan.refinements.values():
-        layer, part = refinement.layer, refinement.part
         if isinstance(refinement, Heads):
-            found, parts = re.fullmatch(rf"L{layer}H(\d+)", label), part.W_O.shape[0]
+            letter, parts = "H", refinement.part.W_O.shape[0]
         elif isinstance(refinement, Neurons):
-            found, parts = re.fullmatch(rf"L{layer}N(\d+)", label), part.W_out.shape[0]
+            letter, parts = "N", refinement.part.W_out.shape[0]
         else:
             continue
-        if found is not None:
-            return Place(part.site, int(found[1]), parts)
+        if found := re.fullmatch(rf"L{refinement.layer}{letter}(\d+)", label):
+            return Place(refinement.part.site, int(found[1]), parts)
     return None
 
 
