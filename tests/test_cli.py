@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from tl_dla.checking import Identity, ModelCheck
 from tl_dla.cli import _parser, commands, main
 from tl_dla.cli.output import check_output
 from tl_dla.loading import load_model
+from tl_dla.units import Unit
 
 PROMPT = "w5 w60 w7 w42 w8"
 IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which models prepend
@@ -54,7 +56,7 @@ def own_logits():
 # ---- attribute ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", get_args(Unit))
 def test_json_carries_the_librarys_numbers_and_the_models_own_logit(run, folder, own_logits, unit):
     given = ["attribute", PROMPT, "--answer", "w8", "--incorrect", "w9", "--unit", unit, "--json"]
     record = json.loads(run(*given))
@@ -71,7 +73,8 @@ def test_json_carries_the_librarys_numbers_and_the_models_own_logit(run, folder,
     assert certificate["error"] == abs(certificate["reconstructed"] - record["logit"])
     assert certificate["error"] <= certificate["tolerance"]
     assert certificate["passed"] is True
-    assert len(certificate["parts"]) == (3 if unit == "head" else 0)
+    refined = unit in ("head", "neuron", "source")
+    assert len(certificate["parts"]) >= 3 if refined else not certificate["parts"]
     assert all(part["passed"] for part in certificate["parts"].values())
 
 
@@ -119,6 +122,30 @@ def test_without_an_answer_the_models_own_prediction_is_attributed(run, folder, 
     assert f"the model's own prediction, 'w{best}'" in err
     table = run("attribute", PROMPT, "--pos", "1")
     assert f"'w{best}'   (the model's own prediction, probability {probability:.1%})" in table
+
+
+@pytest.mark.parametrize(
+    ("given", "choice"),
+    [
+        (["--unit", "source", "--head", "L0H1", "--head", "L2H3"], {"heads": ["L0H1", "L2H3"]}),
+        (["--unit", "neuron", "--layer", "1"], {"layers": [1]}),
+    ],
+)
+def test_a_choice_of_layers_and_heads_is_the_librarys(run, folder, given, choice):
+    record = json.loads(run("attribute", PROMPT, "--answer", "w8", "--json", *given))
+    model = load_model(folder)
+    result = direct_logit_attribution(model, PROMPT, "w8", unit=given[1], **choice)
+    whole = direct_logit_attribution(model, PROMPT, "w8", unit=given[1])
+    assert len(result) < len(whole)
+    assert record["labels"] == result.labels
+    assert record["attribution"] == result.attribution[:, 0].tolist()
+
+
+def test_source_rows_show_the_token_that_was_read(run):
+    given = ["--answer", "w8", "--unit", "source", "--head", "L0H1", "--top", "40"]
+    text = run("attribute", PROMPT, *given)
+    words = ["w1", *PROMPT.split()]
+    assert all(f" L0H1←{i} {word!r} " in text for i, word in enumerate(words))
 
 
 def test_csv_is_the_librarys_table(run, folder):
@@ -309,7 +336,7 @@ def test_a_dataset_has_the_means_of_its_prompts(run, folder, tmp_path, capsys):
         (["attribute", PROMPT, "--heads"], "unrecognized arguments: --heads"),
         (["attribute"], "required: PROMPT (see tl-dla attribute --help)"),
         (["attribue", PROMPT], "invalid choice: 'attribue'"),
-        ([], "required: SUBCOMMAND"),
+        ([], "required: <subcommand>"),
         (["lens", PROMPT, "--incorrect", "w9"], "answer_tokens is required"),
         (["lens", PROMPT, "--top", "98"], "top_k must be 1 to 97"),
         (["lens", PROMPT, "--out", "/no/such/a.csv"], "there is no folder /no/such"),
@@ -437,6 +464,19 @@ def test_the_examples_in_the_help_are_commands(capsys):
             main([*name.split(), "--help"])
         example = capsys.readouterr().out.split("example:\n")[1].strip()
         assert _parser().parse_args(shlex.split(example)[1:]).subcommand == (name or "attribute")
+
+
+def test_the_help_names_every_unit(capsys):
+    for name in ("attribute", "report", "dataset"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert (
+            f"what the rows are: {', '.join(get_args(Unit))}".replace(
+                "component", "component (default)"
+            )
+            in text
+        )
 
 
 def test_the_public_names_are_imported_from_where_type_checkers_see_them():

@@ -94,7 +94,7 @@ def _parser() -> _Parser:
     )
     version = f"tl-dla {metadata.version('tl-dla')}"
     parser.add_argument("--version", action="version", version=version)
-    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="<subcommand>")
 
     def add(name: str, what: str, example: str, *parents: _Parser) -> _Parser:
         return subcommands.add_parser(
@@ -116,6 +116,7 @@ def _parser() -> _Parser:
         _answers("the model's own top prediction without it"),
         _model(),
         _unit(),
+        _choice(),
         _out(),
         _form(),
     )
@@ -145,6 +146,7 @@ def _parser() -> _Parser:
         _answers("the model's own top prediction without it"),
         _model(),
         _unit(),
+        _choice(),
     )
     report.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
     report.add_argument(
@@ -271,8 +273,27 @@ def _model() -> _Parser:
 
 def _unit() -> _Parser:
     group = _group()
+    units = "component (default), layer, head, neuron, source"
+    group.add_argument("--unit", default="component", help=f"what the rows are: {units}")
+    return group
+
+
+def _choice() -> _Parser:
+    group = _group()
     group.add_argument(
-        "--unit", default="component", help="component (default), layer, head: what the rows are"
+        "--layer",
+        dest="layers",
+        action="append",
+        type=int,
+        metavar="L",
+        help="a layer to split, for neuron and source (default all)",
+    )
+    group.add_argument(
+        "--head",
+        dest="heads",
+        action="append",
+        metavar="L9H9",
+        help="a head to split, for source (default all)",
     )
     return group
 

@@ -106,7 +106,14 @@ def attributed(args: argparse.Namespace) -> tuple[DirectLogitAttribution, Predic
         tell(f"{args.subcommand}: no --answer, so this is {own}")
     answer = args.answer if prediction is None else prediction.id
     result = direct_logit_attribution(
-        model, args.prompt, answer, incorrect(args), unit=args.unit, pos=args.pos
+        model,
+        args.prompt,
+        answer,
+        incorrect(args),
+        unit=args.unit,
+        pos=args.pos,
+        layers=args.layers,
+        heads=args.heads,
     )
     return result, prediction
 

@@ -129,7 +129,7 @@ def attribution_table(
 
     table = _table("row", "logits", "")
     for label, bar in zip(labels, _bars([values[label] for label in labels]), strict=True):
-        table.add_row(Text(label), _signed(values[label]), bar)
+        table.add_row(Text(_row_name(result, label)), _signed(values[label]), bar)
     if rest and not cumulative:
         table.add_row(f"{len(rest)} others", _signed(sum(rest)), style="dim")
     total = "final_post + biases" if cumulative else "all rows"
@@ -332,6 +332,14 @@ def _bars(values: Sequence[float]) -> list[Bar]:
 def _place(result: DirectLogitAttribution | LogitLens) -> str:
     position, token = _position(result)
     return f"position {position}, {token!r}"
+
+
+def _row_name(result: DirectLogitAttribution, label: str) -> str:
+    """The label; for what a head moved from a source token (`L9H9←5`) with that token."""
+    _, arrow, source = label.partition("←")
+    if not arrow:
+        return label
+    return f"{label} {token_strings(result.model, result.prompts.packed[0, [int(source)]])[0]!r}"
 
 
 def _position(result: DirectLogitAttribution | LogitLens) -> tuple[int, str]:
