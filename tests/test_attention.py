@@ -292,7 +292,7 @@ def test_shown_as_text(result):
     summary = heads.summary()
     assert summary["head"].tolist() == [head.label for head in heads]
     page = heads._repr_html_()
-    assert page.count("var CircuitsVis") == 1 and head.label in page
+    assert page.count('id="circuitsvis"') == 1 and head.label in page
 
 
 EVIL = ["<img/src=x/onerror=window.hacked=1>", "<script>window.hacked=2</script>", " <b>b</b>",

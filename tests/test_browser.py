@@ -71,6 +71,19 @@ def cells(page):
     return drawn, page.count(".hm image")
 
 
+def hover_cell(page, row, column):
+    """What a cell of a heatmap says under the pointer."""
+    x, y = page.evaluate(
+        "(() => { const figure = document.querySelector('.js-plotly-plot'),"
+        " { xaxis, yaxis } = figure._fullLayout, box = figure.getBoundingClientRect();"
+        f" return [box.left + xaxis._offset + xaxis.c2p({column}),"
+        f" box.top + yaxis._offset + yaxis.c2p({row})] }})()"
+    )
+    page.hover(x, y)
+    page.wait("document.querySelector('.hovertext') !== null")
+    return " ".join(texts(page, ".hovertext text"))
+
+
 def no_overlap(page, selector):
     """Whether the boxes of neighbouring texts stay apart, allowing a pixel."""
     boxes = page.evaluate(
@@ -112,14 +125,7 @@ def test_heads_are_cells_and_other_rows_are_bars(show):
     page = show(result.plot())
     assert cells(page) == ([3, 5], 1)
     assert page.count(BARS) == len(result) - 15
-    place = page.evaluate(
-        "(() => { const l = document.querySelector('.js-plotly-plot')._fullLayout;"
-        " return [l.xaxis._offset + l.xaxis.c2p(4), l.yaxis._offset + l.yaxis.c2p(2)] })()"
-    )
-    margin = page.evaluate("document.querySelector('.js-plotly-plot').getBoundingClientRect().left")
-    page.hover(place[0] + margin, place[1] + margin)
-    page.wait("document.querySelector('.hovertext') !== null")
-    hover = " ".join(texts(page, ".hovertext text"))
+    hover = hover_cell(page, 2, 4)
     value = float(result["L2H4"][0])
     assert "L2H4" in hover and f"{value:+.4f}".replace("-", "−") in hover
     assert "of the logit" in hover and PROMPTS[0] in hover
@@ -166,6 +172,8 @@ def test_user_text_is_shown_as_text(show):
     assert "'<script>alert(1)</script>'" in texts(page, ".gtitle")[0]
     page = show(logit_lens(bridge(), NASTY).plot())
     assert any("<script>" in name for name in texts(page, ".xtick text"))
+    page = show(attribute(NASTY, unit="head").plot())
+    assert "</script><b> %{x} $& <!--" in hover_cell(page, 2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +211,7 @@ def test_a_large_model_stays_readable(show, large, tmp_path):
 def test_the_report_opens_alone(browser, tmp_path, width, dark):
     path = attribute(NASTY).report(tmp_path / "report.html", k=2)
     page = browser.open(path, width=width, dark=dark)
-    page.wait("document.querySelectorAll('.js-plotly-plot .cartesianlayer .subplot').length >= 4")
+    page.wait("'drawn' in document.documentElement.dataset")
     page.wait("document.querySelectorAll('#attention *').length > 20")
     assert page.errors == [] and page.requests == []
     components, heads = attribute(NASTY), attribute(NASTY, unit="head")
@@ -226,7 +234,7 @@ def test_the_report_opens_alone(browser, tmp_path, width, dark):
 
 def test_the_report_follows_a_change_of_theme_and_prints_light(browser, tmp_path):
     page = browser.open(attribute().report(tmp_path / "report.html"), dark=True)
-    page.wait("document.querySelectorAll('.js-plotly-plot .cartesianlayer .subplot').length >= 4")
+    page.wait("'drawn' in document.documentElement.dataset")
     ink = "getComputedStyle(document.querySelector('#figure-0 .ytick text')).fill"
     assert page.evaluate(ink) == "rgb(223, 227, 234)"
     page.theme(dark=False)

@@ -88,19 +88,19 @@ def test_one_row_too_many_is_not_folded_into_itself():
 def test_a_batch_shows_the_mean_and_every_prompt():
     result = batch()
     figure = result.plot()
-    bars, dots = figure.data
+    bars, *dots = figure.data
     values = values_of(result)
     own = [own_difference(i) for i in range(3)]
     np.testing.assert_allclose(bars.x[:-1], values.mean(1), rtol=1e-12)
     np.testing.assert_allclose(bars.x[-1], np.mean(own), rtol=1e-5)
-    shown = np.asarray(dots.x).reshape(-1, 3)
+    shown = np.stack([dot.x for dot in dots], 1)
     np.testing.assert_array_equal(shown[:-1], values)
     np.testing.assert_allclose(shown[-1], own, rtol=1e-5)
-    assert np.all(np.abs(np.asarray(dots.y).reshape(-1, 3) - np.arange(len(shown))[:, None]) < 0.5)
-    for i in range(3):
-        label, sample, share = dots.customdata[i]
-        assert label == result.labels[0] and PROMPTS[i] in sample and f"prompt {i}" in sample
-        assert share == f"{values[0, i] / own[i]:.1%} of the logit"
+    for i, dot in enumerate(dots):
+        assert np.all(np.abs(dot.y - np.arange(len(shown))) < 0.5)
+        assert list(dot.text) == [*result.labels, "model's own logit"]
+        assert PROMPTS[i] in dot.hovertemplate and f"prompt {i}" in dot.hovertemplate
+        np.testing.assert_allclose(dot.customdata, shown[:, i] / own[i], rtol=1e-5)
 
 
 def test_one_prompt_of_a_batch_is_the_same_as_alone():
@@ -149,12 +149,12 @@ def test_a_batch_of_heads_shows_every_prompt_of_the_top_ones():
     figure = plots.heads(result, k=4)
     grid = np.asarray(figure.data[0].z)
     assert grid[2, 3] == pytest.approx(values[result.labels.index("L2H3")].mean(), rel=1e-12)
-    bars, dots = figure.data[-2:]
+    bars, *dots = figure.data[-4:]
     heads = [i for i, kind in enumerate(result.kinds) if kind == "head"]
     top = sorted(heads, key=lambda i: -abs(values[i].mean()))[:4]
     assert list(figure.layout.yaxis9.ticktext) == [result.labels[i] for i in top]
     np.testing.assert_allclose(bars.x, values[top].mean(1), rtol=1e-12)
-    np.testing.assert_array_equal(np.asarray(dots.x).reshape(4, 3), values[top])
+    np.testing.assert_array_equal(np.stack([dot.x for dot in dots], 1), values[top])
     row = result.labels.index("L2H3")
     low, high = values[row].min(), values[row].max()
     assert figure.data[0].customdata[2][3] == f"{low:+.4f} to {high:+.4f}"
@@ -202,9 +202,9 @@ def test_the_trajectory_passes_every_reading_and_ends_at_the_logit():
 def test_a_batch_of_trajectories_draws_each_prompt():
     result = batch("layer")
     figure = result.plot()
-    line = np.array(figure.data[0].y, dtype=float).reshape(3, -1)
-    np.testing.assert_allclose(line[:, -2], [own_difference(i) for i in range(3)], rtol=1e-5)
-    assert PROMPTS[2] in figure.data[0].customdata[-2][1]
+    ends = [line.y[-1] for line in figure.data[:3]]
+    np.testing.assert_allclose(ends, [own_difference(i) for i in range(3)], rtol=1e-5)
+    assert PROMPTS[2] in figure.data[2].hovertemplate
 
 
 # ---- candidates, positions, datasets -----------------------------------------------------------
@@ -258,9 +258,9 @@ def test_positions_of_one_prompt_are_columns_of_tokens():
 
 def test_positions_of_a_batch_are_all_dots():
     result = batch(pos=None)
-    dots = result.plot().data[1]
-    assert len(dots.x) == (9 + 6 + 3) * (len(result) + 1)
-    assert np.isfinite(np.asarray(dots.x, dtype=float)).all()
+    _, *dots = result.plot().data
+    assert len(dots) == 9 + 6 + 3
+    assert all(len(dot.x) == len(result) + 1 and np.isfinite(dot.x).all() for dot in dots)
 
 
 def test_dataset_intervals_show_means_and_ends():

@@ -1,6 +1,8 @@
 """The report and the notebook display: their numbers, their words, and what they never hold."""
 
+import base64
 import dataclasses
+import gzip
 import re
 from html import escape
 
@@ -9,9 +11,9 @@ import pytest
 import torch
 
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
-from tl_dla import direct_logit_attribution
+from tl_dla import direct_logit_attribution, embedded
 from tl_dla.attention import top_heads_with_patterns
-from tl_dla.attention_view import AttentionView, inline_json, inline_script
+from tl_dla.attention_view import AttentionView
 from tl_dla.charts import number
 from tl_dla.errors import ArgumentError
 from tl_dla.report import of_unit
@@ -31,7 +33,13 @@ def written(result, folder, **options) -> str:
 
 def body_of(page: str) -> str:
     """The page without its scripts, which are megabytes."""
-    return re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+def unpacked(page: str, name: str) -> str:
+    """The one script of that name, as the browser unpacks it."""
+    (data,) = re.findall(rf'<script type="text/plain" id="{name}">(.*?)</script>', page)
+    return gzip.decompress(base64.b64decode(data)).decode()
 
 
 def numbers_in(table: str) -> list[list[str]]:
@@ -45,9 +53,10 @@ def numbers_in(table: str) -> list[list[str]]:
 
 def test_the_page_holds_each_script_once_and_loads_nothing(tmp_path):
     page = written(attribute(), tmp_path)
-    assert page.count("plotly.js v") == 1
-    assert page.count("var CircuitsVis=") == 1
-    assert "sourceMappingURL" not in page
+    assert len(page) < 3_000_000
+    scripts = [unpacked(page, name) for name in ("plotly", "circuitsvis")]
+    assert "plotly.js v" in scripts[0][:100] and "var CircuitsVis=" in scripts[1]
+    assert not any("sourceMappingURL" in script for script in scripts)
     assert "default-src 'none'" in page
     body = body_of(page)
     assert not re.search(r"""(src|href)\s*=""", body)
@@ -136,7 +145,7 @@ def test_what_a_user_wrote_is_text(tmp_path):
     body = body_of(page)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
     assert '<span class="token" title="position 8">&lt;/script&gt;&lt;b&gt;</span>' in body
-    assert "{{plotly}}</span>" in body and page.count("plotly.js v") == 1
+    assert "{{plotly}}</span>" in body and unpacked(page, "plotly")
     assert "<b></span>" not in body and "<!--" not in body.split("</head>")[1]
 
 
@@ -241,6 +250,8 @@ def test_bars_are_as_long_as_their_values():
 def test_a_notebook_shows_every_prompt_and_every_candidate():
     three = attribute(PROMPTS, ["mat", "on", "sat"])._repr_html_()
     assert three.count("<circle") == 3 * three.count('class="bar"')
+    many = attribute([PROMPTS[0]] * 30, "mat", "cat")._repr_html_()
+    assert "<circle" not in many and many.count("<title>from") == many.count('class="bar"')
     over = direct_logit_attribution(bridge(), PROMPTS[0], candidate_tokens=["mat", "cat"])
     html = over._repr_html_()
     assert numbers_in(html)[-1] == [number(x) for x in own_logits(PROMPTS[0], "mat", "cat")]
@@ -255,13 +266,13 @@ def test_attention_is_a_frame_of_fixed_height_with_its_own_script():
     html = view._repr_html_()
     assert html.startswith("<iframe srcdoc=") and 'height="321"' in html
     page = view.page()
-    assert "CircuitsVis.AttentionHeads" in page and '"attentionHeadNames": ["L0H0"]' in page
-    assert "unpkg" not in page and "sourceMappingURL" not in page
-    assert page.count("</script>") == 2
+    assert '"element":"AttentionHeads"' in page and '"attentionHeadNames":["L0H0"]' in page
+    assert "unpkg" not in page and "var CircuitsVis=" in unpacked(page, "circuitsvis")
+    assert page.count("</script>") == 3 and len(html) < 600_000
     with pytest.raises(ArgumentError, match=r"\[1, 2, 2\] for 1 labels and 2 tokens"):
         AttentionView(["a", "b"], torch.zeros(1, 2, 3), ["L0H0"])
 
 
 def test_text_cannot_leave_a_script():
-    assert inline_script("a='</script>';\n//# sourceMappingURL=x.map") == "a='<\\/script>';"
-    assert inline_json("</script><!--") == '"\\u003c/script>\\u003c!--"'
+    assert unpacked(embedded.packed("x", "a\n//# sourceMappingURL=x.map\nb"), "x") == "a\nb"
+    assert embedded.as_json("</script><!--") == '"\\u003c/script>\\u003c!--"'

@@ -6,39 +6,27 @@ once a page. In a notebook the page is a frame of fixed height, so that nothing 
 it is drawn again (CircuitsVis issue 61).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
-from importlib.resources import files
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla import embedded
 from tl_dla.errors import ArgumentError
 
 AttentionStyle = Literal["patterns", "heads"]
 _ELEMENTS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
-
-
-@cache
-def circuitsvis_script() -> str:
-    """The installed circuitsvis bundle, as the text of a script element."""
-    text = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    return inline_script(text)
-
-
-def inline_script(text: str) -> str:
-    """A script that can stand inside a page: it cannot end its element or ask for a source map."""
-    lines = [line for line in text.splitlines() if not line.startswith("//# sourceMappingURL")]
-    return "\n".join(lines).replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def inline_json(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever text it holds."""
-    return json.dumps(value).replace("<", "\\u003c")
+# Draws every element of a page; circuitsvis must have been unpacked.
+DRAW = """
+function drawAttention() {
+  for (const data of document.querySelectorAll("script.attention-data")) {
+    const view = JSON.parse(data.textContent);
+    CircuitsVis.render(view.name, CircuitsVis[view.element], view.props);
+  }
+}"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,24 +67,21 @@ class AttentionView:
             )
 
     def element(self, name: str) -> str:
-        """A div of that id, and the call that draws into it.
-
-        The page must hold `circuitsvis_script()` before it.
-        """
+        """A div of that id with its data, which `drawAttention()` draws."""
         names = "headLabels" if self.style == "patterns" else "attentionHeadNames"
         rounded = (self.attention.detach().cpu().double() * 1e4).round() / 1e4
-        tokens = [token.replace("\n", "↵").replace("\t", "⇥") for token in self.tokens]
-        props = {
-            # AttentionPatterns sets its tokens as HTML, AttentionHeads draws theirs.
-            "tokens": [escape(t) for t in tokens] if self.style == "patterns" else tokens,
-            "attention": rounded.tolist(),
-            names: list(self.labels),
-            "maskUpperTri": not bool(self.attention.triu(1).any()),  # of models that look ahead
+        data = {
+            "name": name,
+            "element": _ELEMENTS[self.style],
+            "props": {
+                "tokens": list(self.tokens),
+                "attention": rounded.tolist(),
+                names: list(self.labels),
+            },
         }
-        call = f"CircuitsVis.render({inline_json(name)}, CircuitsVis.{_ELEMENTS[self.style]}"
         return (
-            f'<div class="attention" id="{escape(name)}"></div>\n'
-            f"<script>{call}, {inline_json(props)})</script>"
+            f'<div class="attention" id="{escape(name)}"></div>\n<script type="application/json"'
+            f' class="attention-data">{embedded.as_json(data)}</script>'
         )
 
     def page(self) -> str:
@@ -105,8 +90,9 @@ class AttentionView:
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f"<title>{escape(', '.join(self.labels))}</title>"
             "<style>body{margin:8px;font-family:system-ui,sans-serif;background:#fff;color:#222}"
-            f"</style><script>{circuitsvis_script()}</script></head>"
-            f"<body>{self.element('attention')}</body></html>"
+            f"</style>{embedded.circuitsvis()}</head><body>{self.element('attention')}"
+            f"<script>{embedded.UNPACK}{DRAW}\n"
+            'unpack("circuitsvis").then(drawAttention);</script></body></html>'
         )
 
     def _repr_html_(self) -> str:

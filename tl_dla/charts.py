@@ -40,6 +40,11 @@ def safe(text: str) -> str:
     return escape(text, quote=False).replace("\n", "↵").replace("\t", "⇥")
 
 
+def in_template(text: str) -> str:
+    """Text inside a hover template, where `%{x}` would be read as a value."""
+    return safe(text).replace("%{", "%&#123;")
+
+
 def shorten(text: str, length: int = 80) -> str:
     """The start and the end of a long text."""
     if len(text) <= length:
@@ -212,14 +217,17 @@ def intervals(
     )
     fig = go.Figure(bars)
     if values is not None:
-        fig.add_trace(dots(labels, values, samples or _numbered(values.shape[1]), unit=unit))
+        fig.add_traces(
+            dots(
+                labels,
+                values,
+                samples or [f"prompt {i}" for i in range(values.shape[1])],
+                unit=unit,
+            )
+        )
     fig.update_yaxes(ledger_axis(labels))
     fig.update_xaxes(title_text=unit)
     return styled(fig, title, subtitle, height=110 + 22 * len(labels))
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"prompt {i}" for i in range(count)]
 
 
 def ledger_axis(labels: Sequence[str]) -> dict[str, Any]:
@@ -243,28 +251,32 @@ def dots(
     share: Float[np.ndarray, "row sample"] | None = None,
     unit: str = "logits",
     **axes: str,
-) -> go.Scatter:
-    """Every value of every row as a dot, at the row's place on the vertical axis."""
-    n_rows, n_samples = values.shape
+) -> list[go.Scatter]:
+    """Every value of every row as a dot at the row's place on the vertical axis.
+
+    Each sample is a trace, so that its name is in the page once, and not once a dot.
+    """
+    n_samples = values.shape[1]
     size = 6 if n_samples <= 12 else 5 if n_samples <= 40 else 4
-    data: list[list[Any]] = [
-        [safe(label), safe(sample), percent(share[i, j]) if share is not None else ""]
-        for i, label in enumerate(labels)
-        for j, sample in enumerate(samples)
+    offsets = spread(0.0, n_samples)
+    rows = np.asarray(places if places is not None else range(len(labels)), dtype=np.float32)
+    of_logit = " (%{customdata:.1%} of the logit)" if share is not None else ""
+    return [
+        go.Scatter(
+            x=values[:, i],
+            y=rows + np.float32(offsets[i]),
+            customdata=None if share is None else share[:, i].astype(np.float32),
+            text=[safe(label) for label in labels],
+            mode="markers",
+            marker=dict(size=size, color=DOT, opacity=0.85, line=dict(width=0.8, color="#ffffff")),
+            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} {unit}{of_logit}"
+            f"<br>{in_template(sample)}<extra></extra>",
+            name=f"sample {i}",
+            showlegend=False,
+            **axes,
+        )
+        for i, sample in enumerate(samples)
     ]
-    of_logit = " (%{customdata[2]})" if share is not None else ""
-    return go.Scatter(
-        x=values.ravel(),
-        y=np.concatenate([spread(float(place), n_samples) for place in places or range(n_rows)]),
-        customdata=data,
-        mode="markers",
-        marker=dict(size=size, color=DOT, opacity=0.85, line=dict(width=0.8, color="#ffffff")),
-        hovertemplate=f"<b>%{{customdata[0]}}</b><br>%{{x:+.4f}} {unit}{of_logit}"
-        "<br>%{customdata[1]}<extra></extra>",
-        name="each prompt",
-        showlegend=False,
-        **axes,
-    )
 
 
 def percent(share: float) -> str:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_dla import charts
-from tl_dla.charts import safe
+from tl_dla.charts import in_template, safe
 from tl_dla.errors import ArgumentError
 from tl_dla.view import View, bars, headings, read
 
@@ -121,7 +121,7 @@ def _heatmap(
     if values.shape[1] == 1:
         share = head_grid(result, view.share[:, 0, 0])
         data = np.vectorize(charts.percent)(share)
-        hover = f"%{{z:+.4f}} logits (%{{customdata}})<br>{safe(view.samples[0])}"
+        hover = f"%{{z:+.4f}} logits (%{{customdata}})<br>{in_template(view.samples[0])}"
     else:
         low, high = head_grid(result, values.min(1)), head_grid(result, values.max(1))
         data = np.vectorize(lambda a, b: f"{a:+.4f} to {b:+.4f}")(low, high)

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a result: figures, heads with their attention, the certificate.
 
-The page loads nothing: plotly's and circuitsvis's scripts are put into it once, and its content
-policy forbids any connection. Everything that a user wrote (prompts, tokens, the command) is
+The page loads nothing: plotly and circuitsvis are packed into it once, and its content policy
+forbids any connection. Everything that a user wrote (prompts, tokens, the command) is
 escaped. The figures of other units than the result's own come from runs of the same model on the
 same tokens.
 """
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
-from tl_dla import charts, fragments, plots
+from tl_dla import charts, embedded, fragments, plots
 from tl_dla.attention import top_heads_with_patterns
-from tl_dla.attention_view import AttentionStyle, circuitsvis_script, inline_json, inline_script
+from tl_dla.attention_view import DRAW, AttentionStyle
 from tl_dla.attribution import assemble, make_plan
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.lens import logit_lens
@@ -129,10 +128,7 @@ def _page(
     figures = _Figures()
     sections = _sections(result, prompt, k, attention, figures)
     title = f"What wrote the logit of {result.target}"
-    if "CircuitsVis.render" in sections:
-        circuitsvis = f"<script>{circuitsvis_script()}</script>"
-    else:
-        circuitsvis = ""
+    has_attention = 'class="attention"' in sections
     passed = result.reconstruction.passed
     parts = {
         "title": escape(title),
@@ -142,10 +138,11 @@ def _page(
         "passed": "passed" if passed else "failed",
         "certificate": escape(f"{'✓' if passed else '✗'} {result.reconstruction}"),
         "sections": sections + fragments.certificate(result) + fragments.made_by(command),
-        "figures": inline_json(figures.drawn),
-        "themes": inline_json(_themes()),
-        "plotly": inline_script(get_plotlyjs()),
-        "circuitsvis": circuitsvis,
+        "figures": embedded.as_json(figures.drawn),
+        "themes": embedded.as_json(_themes()),
+        "plotly": embedded.plotly(),
+        "circuitsvis": embedded.circuitsvis() if has_attention else "",
+        "scripts": embedded.UNPACK + DRAW,
     }
     template = (files("tl_dla") / "report.html").read_text(encoding="utf-8")
     # In one pass, so that nothing that was put in is searched for names.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 150, 16
 _CELL = "padding:1px 10px;text-align:right;white-space:nowrap;border:0;background:none"
 _MOST_CANDIDATES = 6
+_MOST_DOTS = 24  # more prompts are drawn as their range
 
 
 def notebook_html(result: "DirectLogitAttribution", k: int = 12) -> str:
@@ -35,14 +36,15 @@ def _over(view: View) -> str:
     n_prompts = len(set(view.prompt_of))
     places = "" if n_prompts == len(view.samples) else f"{len(view.samples)} positions of "
     prompts = f"{n_prompts} prompts" if n_prompts > 1 else "one prompt"
-    return f"mean over {places}{prompts}, each a dot"
+    drawn = "each a dot" if len(view.samples) <= _MOST_DOTS else "and their range"
+    return f"mean over {places}{prompts}, {drawn}"
 
 
 def table_html(result: "DirectLogitAttribution", k: int | None = 12) -> str:
     """The k rows of largest mean magnitude, then the sum of the others and the model's own logit.
 
     All rows in their order for k=None. One bar and number a candidate; the number is the mean
-    where there are several prompts, whose values are the dots.
+    where there are several prompts, whose values are the dots, or whose range is the line.
     """
     view = read(result)
     shown = min(len(view.candidates), _MOST_CANDIDATES)
@@ -111,12 +113,19 @@ def _row(
 
 
 def _bar(values: Float[np.ndarray, " sample"], largest: float, colour: str) -> str:
-    """A bar from 0, in the middle, to the mean, and a dot for each of several values."""
+    """A bar from 0, in the middle, to the mean; several values as dots, or as their range."""
     middle, mean = _WIDTH / 2, float(values.mean())
     reach = (_WIDTH / 2 - 4) / largest
     x, width = min(middle, middle + mean * reach), abs(mean) * reach
     dots = ""
-    if len(values) > 1:
+    if len(values) > _MOST_DOTS:
+        low, high = middle + values.min() * reach, middle + values.max() * reach
+        dots = (
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{_HEIGHT / 2}" y2="{_HEIGHT / 2}"'
+            f' stroke="{charts.DOT}"><title>from {number(values.min())} to'
+            f" {number(values.max())}</title></line>"
+        )
+    elif len(values) > 1:
         places = charts.spread(_HEIGHT / 2, len(values), _HEIGHT / 2)
         dots = "".join(
             f'<circle cx="{middle + v * reach:.1f}" cy="{y:.1f}" r="1.8" fill="{charts.DOT}"'

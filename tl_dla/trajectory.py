@@ -91,23 +91,21 @@ def _lines(
     """A thin line for each of several samples."""
     if len(view.samples) == 1:
         return []
-    x, y, names = [], [], []
-    for sample, line in zip(view.samples, levels.T, strict=True):
-        x += [*stations.values(), None]
-        y += [*line, None]
-        names += [[safe(station), safe(sample)] for station in stations] + [["", ""]]
     return [
         go.Scatter(
-            x=x,
-            y=y,
-            customdata=names,
+            x=list(stations.values()),
+            y=levels[:, i],
+            text=[safe(station) for station in stations],
             mode="lines",
             line=dict(color=charts.NEUTRAL, width=0.8),
             opacity=0.55,
             name="each prompt",
-            hovertemplate="<b>%{customdata[0]}</b><br>%{y:+.4f} logits"
-            "<br>%{customdata[1]}<extra></extra>",
+            legendgroup="each prompt",
+            showlegend=i == 0,
+            hovertemplate="<b>%{text}</b><br>%{y:+.4f} logits"
+            f"<br>{charts.in_template(sample)}<extra></extra>",
         )
+        for i, sample in enumerate(view.samples)
     ]
 
 
@@ -193,7 +191,7 @@ def _candidate_lines(
                 name=safe(repr(name)),
                 line_width=2.5,
                 text=[safe(station) for station in stations],
-                hovertemplate=f"<b>%{{text}}</b><br>{safe(repr(name))}"
+                hovertemplate=f"<b>%{{text}}</b><br>{charts.in_template(repr(name))}"
                 "<br>%{y:+.4f} logits<extra></extra>",
                 **group,
             )

@@ -178,5 +178,5 @@ def bars(
         )
     ]
     if count > 1:
-        traces.append(charts.dots(labels, values, view.samples, places=places, share=share, **axes))
+        traces.extend(charts.dots(labels, values, view.samples, places=places, share=share, **axes))
     return traces
