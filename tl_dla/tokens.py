@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError, TokenError
@@ -33,9 +33,10 @@ class Prompts:
     @property
     def packed(self) -> Int[Tensor, "batch pos"]:
         """The real tokens first, padding after them: what the model is run on."""
+        longest = int(self.length.max())
         if not bool(self.start.any()):
-            return self.tokens
-        index = torch.arange(int(self.length.max()), device=self.tokens.device)
+            return self.tokens[:, :longest]
+        index = torch.arange(longest, device=self.tokens.device)
         index = (self.start[:, None] + index).clamp(max=self.tokens.shape[1] - 1)
         return self.tokens.gather(1, index)
 
@@ -66,8 +67,13 @@ def read_prompts(
         if attention_mask is None:
             prompts = _from_tokens(model, input)
         else:
-            prompts = _from_mask(input, attention_mask)
+            prompts = _from_mask(model, input, attention_mask)
     else:
+        if not isinstance(input, str | Sequence) or isinstance(input, bytes):
+            raise TokenError(
+                "A prompt must be a string, a list of strings or a tensor of token ids; a"
+                f" {type(input).__name__} was given."
+            )
         texts = [input] if isinstance(input, str) else list(input)
         rows = [_tokenize(model, text, prepend_bos) for text in texts]
         if not rows:
@@ -114,7 +120,9 @@ def _tokenize(model: Any, text: Any, prepend_bos: bool | None) -> Int[Tensor, " 
     return tokens
 
 
-def _from_mask(tokens: Tensor, mask: Tensor) -> Prompts:
+def _from_mask(model: Any, tokens: Tensor, mask: Tensor) -> Prompts:
+    tokens = _token_rows(model, tokens)
+    mask = (mask[None] if mask.ndim == 1 else mask).to(tokens.device)
     if mask.shape != tokens.shape:
         raise TokenError(
             f"attention_mask must have the shape of the tokens, {tuple(tokens.shape)}; it has"
@@ -131,27 +139,32 @@ def _from_mask(tokens: Tensor, mask: Tensor) -> Prompts:
     return Prompts(tokens, start, length)
 
 
-def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
+def _token_rows(model: Any, tokens: Tensor) -> Int[Tensor, "batch pos"]:
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
         raise TokenError(
             "Prompts as tokens must be integers [pos] or [batch, pos] with at least one token;"
             f" a {tokens.dtype} tensor of shape {tuple(tokens.shape)} was given."
         )
-    tokens = tokens.to(next(iter(model.parameters())).device)
+    return tokens.to(next(iter(model.parameters())).device)
+
+
+def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
+    tokens = _token_rows(model, tokens)
     batch, pos = tokens.shape
-    whole = Prompts(tokens, tokens.new_zeros(batch), tokens.new_full((batch,), pos))
     tokenizer = getattr(model, "tokenizer", None)
     pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None or batch == 1:
-        return whole
+    if pad is None:
+        return Prompts(tokens, tokens.new_zeros(batch), tokens.new_full((batch,), pos))
     real = tokens != pad
     start, after = real.int().argmax(-1), real.flip(-1).int().argmax(-1)
-    if pad == tokenizer.bos_token_id:  # the padding that touches a prompt is its BOS
-        start = (start - 1).clamp(min=0)
-    # The longest prompt has no padding: what every row starts or ends with is its own.
-    start, after = start - start.min(), after - after.min()
-    after = torch.where(start > 0, 0, after)
+    if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        # Not only padding: but the longest prompt has none, so what every row starts or ends with
+        # is its own.
+        start, after = start - start.min(), after - after.min()
+        after = torch.where(start > 0, 0, after)
+    elif not bool(real.any(-1).all()):
+        raise TokenError("A prompt is empty: one holds nothing but padding.")
     return Prompts(tokens, start, pos - start - after)
 
 
@@ -203,15 +216,15 @@ class Positions:
     shared: int | None = None
 
     def take(
-        self, x: Float[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch ..."]:
+        self, x: Shaped[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
+    ) -> Shaped[Tensor, "batch ..."]:
         """The activations `[batch, pos, …]` at these positions; `start` says where the prompts
         begin in their layout."""
         batch = self.index.shape[0]
         if x.shape[0] == 1 and batch > 1:
             x = x.expand(batch, *x.shape[1:])
         if start is None and self.every:
-            return x
+            return x[:, : self.index.shape[1]]
         if start is None and self.shared is not None:
             return x[:, self.shared : self.shared + 1]
         index = self.index if start is None else self.index + start[:, None]
@@ -253,7 +266,12 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
             raise TokenError(f"pos={pos!r} selects no position of prompt {rows.index([])}.")
         single = False
     else:
-        wanted = torch.as_tensor(pos)
+        try:
+            wanted = torch.as_tensor(pos)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(
+                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
+            ) from error
         if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.ndim > 1:
             raise ArgumentError(
                 f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
@@ -321,7 +339,8 @@ def read_targets(
         )
     n_pos = positions.index.shape[1]
     if candidates is not None:
-        ids = token_ids(model, list(candidates), texts).reshape(1, 1, -1)
+        listed = [candidates] if isinstance(candidates, str | int) else list(candidates)
+        ids = token_ids(model, listed, texts).reshape(1, 1, -1)
         names = tuple(token_strings(model, ids.flatten()))
         weights = torch.eye(ids.shape[-1], dtype=torch.float64)
     else:
@@ -388,7 +407,12 @@ def token_ids(model: Any, tokens: Any, texts: Sequence[str] | None = None) -> In
             )
         ids = torch.stack([part.cpu() for part in parts])
     else:
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TokenError(
+                f"Answers must be strings or integer token ids; {tokens!r} was given."
+            ) from error
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TokenError(f"Answers must be strings or integer token ids; {tokens!r} was given.")
     d_vocab = getattr(model.cfg, "d_vocab_out", None) or model.cfg.d_vocab
