@@ -74,6 +74,12 @@ def run(
     values: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     tokens = prompts.packed
+    both_ways = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
+    if both_ways and int(prompts.length.min()) < tokens.shape[1]:
+        raise UnsupportedModelError(
+            "The model attends in both directions, so in a batch of prompts of different lengths"
+            " the shorter ones would see their padding: run them one by one."
+        )
     by_site = _by_site(probes)
 
     def reader(name: str) -> Callable[..., None]:
