@@ -245,6 +245,8 @@ def test_the_lens_gives_the_librarys_numbers_and_ends_at_the_models_own(run, fol
     assert last[0] == "final_post"
     assert [last[2], last[4], last[7]] == own
     assert last[3] == f"#{answer['rank']}"
+    crowded = run("lens", PROMPT, "--top", "20").splitlines()
+    assert [line.split()[0] for line in crowded[4:]] == lens.labels
     assert len(pd.read_csv(io.StringIO(run(*given, "--csv")))) == len(readings)
 
 

@@ -203,6 +203,7 @@ def lens_table(lens: LogitLens) -> RenderableType:
     """A line a point: its most likely tokens, and the tokens that were asked for."""
     asked = [] if lens.targets is None else _tokens(lens.model, lens.targets.ids[0, 0])
     table = _table("point", "entropy", *(repr(token["token"]) for token in asked), "most likely")
+    table.columns[-1].no_wrap = True  # a line a point, cut where the terminal ends
     for i, label in enumerate(lens.labels):
         top = zip(lens.top_probabilities[i, 0, 0].tolist(), lens.top_tokens[i][0][0], strict=True)
         cells = [label, f"{float(lens.entropy[i, 0, 0]):.2f}"]
