@@ -203,7 +203,6 @@ def lens_table(lens: LogitLens) -> RenderableType:
     """A line a point: its most likely tokens, and the tokens that were asked for."""
     asked = [] if lens.targets is None else _tokens(lens.model, lens.targets.ids[0, 0])
     table = _table("point", "entropy", *(repr(token["token"]) for token in asked), "most likely")
-    table.columns[-1].no_wrap = True  # a line a point, cut where the terminal ends
     for i, label in enumerate(lens.labels):
         top = zip(lens.top_probabilities[i, 0, 0].tolist(), lens.top_tokens[i][0][0], strict=True)
         cells = [label, f"{float(lens.entropy[i, 0, 0]):.2f}"]
@@ -213,7 +212,8 @@ def lens_table(lens: LogitLens) -> RenderableType:
             )
             cells += [f"{probability:.1%} #{rank}" for probability, rank in followed]
         likely = "  ".join(f"{token!r} {probability:.1%}" for probability, token in top)
-        table.add_row(*cells, Text(likely))
+        # A line a point: this column is the one that a narrow terminal cuts.
+        table.add_row(*cells, Text(likely, no_wrap=True, overflow="ellipsis"))
     return Group(
         Text(f"The model's prediction at {_place(lens)}, if it stopped there", style="bold"),
         Text("entropy in nats; probabilities; #0 is the most likely token\n"),
