@@ -129,9 +129,9 @@ def direct_logit_attribution(
     targets = read_targets(
         model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
     )
-    require_eval(model)
     plan = make_plan(reader, targets, unit, include_bias, choice)
     if cache is None:
+        require_eval(model)
         seen = run(model, prompts, positions, plan.probes, targets)
     else:
         start = prompts.start if bool(prompts.start.any()) else None

@@ -15,6 +15,7 @@ the parts; no other module touches `model.blocks`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -158,12 +159,12 @@ class ModelReader(SublayerReader):
                     " no unit works on it."
                 )
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in, whose rounding the stream carries."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    @property
+    @cached_property
     def eps(self) -> float:
         """Machine epsilon of the narrowest dtype that the stream and its norms go through.
 

@@ -27,6 +27,10 @@ class Neurons(Refinement):
     part: MLP
     keep: Sequence[int] | None = None
 
+    def __init__(self, part: MLP, label: str, write: Readout) -> None:
+        super().__init__(part, label, write)
+        self.neurons = self.output.through_linear(part.W_out)
+
     def probes(self) -> list[Probe]:
         """The neurons: which of them are largest shows only once the scales are known."""
         return [Probe(f"neurons {self.label}", self.part.site, upcast)]
@@ -35,17 +39,16 @@ class Neurons(Refinement):
         self, seen: Seen, keep: Sequence[int] | None = None
     ) -> Float[Tensor, "batch pos token neuron"]:
         """What neurons wrote: all of them, or those named."""
-        z, weight = seen.values[f"neurons {self.label}"], self.part.W_out
+        z, direction = seen.values[f"neurons {self.label}"], self.neurons.direction
         if keep is not None:
-            z, weight = z[..., list(keep)], weight[list(keep)]
-        direction = self.output.through_linear(weight).direction
+            z, direction = z[..., list(keep)], direction[..., list(keep)]
         return seen.scaled(z.to(direction)[:, :, None] * direction, self.output)
 
     def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
         """The neurons first, the bias in place."""
         layer, bias = self.layer, self.bias(seen)
         z = seen.values[f"neurons {self.label}"]
-        neurons = self.output.through_linear(self.part.W_out)
+        neurons = self.neurons
         gross = Readout(neurons.direction.abs()).contract(z.abs())
         total = seen.scaled(neurons.contract(z), neurons)
         refined = self.certificate(

@@ -110,10 +110,10 @@ class Plan:
                     found[step.label] = refinement
         if found:
             return found
-        what = ("an MLP", "neuron") if self.unit == "neuron" else ("an attention layer", self.unit)
+        part = "MLP" if self.unit == "neuron" else "attention layer"
         raise UnsupportedModelError(
-            f"{self.reader.architecture} shows no part of {what[0]} that writes to the residual"
-            f' stream, so it has no {what[1]} rows; unit="component" and unit="layer" work.'
+            f"{self.reader.architecture} shows no {part} that writes to the residual stream, so it"
+            f' has no {self.unit} rows; unit="component" and unit="layer" work.'
         )
 
     def _mlp(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
