@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tl_dla import charts
+from tl_dla import theme
 from tl_dla.attention_view import AttentionStyle, AttentionView
 from tl_dla.charts import number
 from tl_dla.table import table_html
@@ -139,7 +139,7 @@ def heads(patterns: "HeadPatterns", prompt: int, style: AttentionStyle) -> str:
 def _head(head: "HeadPattern", prompt: int) -> str:
     """A head: its value, its kind, the prompt coloured by contribution, and what it reads most."""
     value = float(head.value.nanmean())
-    kind = head.kind if head.kind == "other" else f"{head.kind} ({head.scores[head.kind]:.2f})"
+    named = "" if head.kind == "other" else f" ({head.scores[head.kind]:.2f})"
     reads = head.reads(len(head.tokens[prompt]), prompt=prompt)
     lines = "".join(
         f'<tr><td><code>{escape(repr(token))}</code></td><td class="n">{at}</td>'
@@ -151,7 +151,7 @@ def _head(head: "HeadPattern", prompt: int) -> str:
     mean = "mean " if head.value.numel() > 1 else ""
     return (
         f'<div class="head"><h3>{head.label} <span class="value">{mean}{number(value)}</span>'
-        f' <span class="soft">{escape(kind)}</span></h3>'
+        f' <span class="soft">pattern: {head.kind}{named}</span></h3>'
         f'<p class="prompt">{_coloured(reads)}</p><table class="plain">{names}{lines}</table></div>'
     )
 
@@ -161,7 +161,7 @@ def _coloured(reads: list[tuple[str, int, float, float]]) -> str:
     largest = max(abs(moved) for *_, moved in reads) or 1.0
     spans = []
     for token, at, attention, moved in sorted(reads, key=lambda read: read[1]):
-        colour = charts.POSITIVE if moved >= 0 else charts.NEGATIVE
+        colour = theme.POSITIVE if moved >= 0 else theme.NEGATIVE
         share = round(80 * abs(moved) / largest)
         words = f"position {at}: attention {attention:.1%}, contribution {number(moved)}"
         spans.append(

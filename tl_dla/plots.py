@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla import charts
+from tl_dla import charts, theme
 from tl_dla.charts import number, safe
 from tl_dla.errors import ArgumentError
 from tl_dla.head_map import heads
@@ -93,11 +93,12 @@ def ledger(
         fig = go.Figure(_waterfall(names, values[:, 0], float(logit[0]), share[:, 0], view))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
         room = 0.18 * (max(ends) - min(ends))  # for the numbers beside the bars
-        fig.update_xaxes(range=[min(ends) - room, max(ends) + room])
+        left = room if min(ends) < 0 else 0.3 * room
+        fig.update_xaxes(range=[min(ends) - left, max(ends) + room])
     else:
         every = np.vstack([values, logit])
         fig = go.Figure(bars(names, every, view, share))
-        fig.data[0].marker.color = [*charts.signs(values.mean(1)), charts.NEUTRAL]
+        fig.data[0].marker.color = [*charts.signs(values.mean(1)), theme.NEUTRAL]
     fig.update_yaxes(charts.ledger_axis(names))
     fig.update_xaxes(title_text="logits", zeroline=True)
     return charts.styled(fig, title, subtitle, height=170 + 20 * len(names))
@@ -121,10 +122,10 @@ def _waterfall(
         y=np.arange(len(labels)),
         x=[*values, logit],
         measure=["relative"] * len(values) + ["absolute"],
-        increasing_marker_color=charts.POSITIVE,
-        decreasing_marker_color=charts.NEGATIVE,
-        totals_marker_color=charts.NEUTRAL,
-        connector_line=dict(width=0.6, color=charts.NEUTRAL),
+        increasing_marker_color=theme.POSITIVE,
+        decreasing_marker_color=theme.NEGATIVE,
+        totals_marker_color=theme.NEUTRAL,
+        connector_line=dict(width=0.6, color=theme.NEUTRAL),
         text=[number(value) for value in [*values, logit]],
         textposition="outside",
         textfont_size=10,
@@ -257,7 +258,7 @@ def intervals(summary: "DatasetAttribution", *, k: int = 30, group: str | None =
         title="What wrote the logit, over the dataset" + (f": {safe(group)}" if group else ""),
         subtitle=f"means over {part.n} prompts, {part.confidence:.0%} intervals; {which}",
     )
-    colours = [*charts.signs(column("mean")[:-1]), charts.NEUTRAL]
+    colours = [*charts.signs(column("mean")[:-1]), theme.NEUTRAL]
     return fig.update_traces(marker_color=colours, selector=dict(type="bar"))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from tl_dla import charts, embedded, fragments, plots
+from tl_dla import embedded, fragments, plots, theme
 from tl_dla.attention import top_heads_with_patterns
 from tl_dla.attention_view import DRAW, AttentionStyle
 from tl_dla.attribution import assemble, make_plan
@@ -26,7 +26,7 @@ from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.lens import logit_lens
 from tl_dla.recording import run
 from tl_dla.units import Unit
-from tl_dla.view import headings, read
+from tl_dla.view import certificate, headings, read
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution
@@ -150,13 +150,15 @@ def _page(
 
 
 def _themes() -> dict[str, Any]:
+    """What the page's script needs to draw the figures in light and in dark."""
+    names: tuple[theme.Theme, ...] = ("light", "dark")
     return {
-        theme: {
-            "template": json.loads(json.dumps(charts.template(theme).to_plotly_json())),
-            "scales": {name: _stops(scale[theme]) for name, scale in charts.SCALES.items()},
-            "ink": charts.INK[theme],
+        name: {
+            "template": theme.template(name).to_plotly_json(),
+            "scales": {kind: _stops(scale[name]) for kind, scale in theme.SCALES.items()},
+            "ink": theme.INK[name],
         }
-        for theme in ("light", "dark")
+        for name in names
     }
 
 
@@ -236,7 +238,8 @@ def _sections(
 
 def _drawn(result: "DirectLogitAttribution", figures: _Figures) -> str:
     """The figure, what it is of, its own certificate, and its numbers."""
-    _, words = headings(result, "", read(result))
+    view = read(result)
+    words = certificate(result) if len(view.samples) == 1 else headings(result, "", view)[1]
     return f'<p class="soft">{words}</p>{figures.add(result.plot())}{fragments.numbers(result)}'
 
 

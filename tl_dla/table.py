@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from tl_dla import charts
+from tl_dla import charts, theme
 from tl_dla.charts import number
 from tl_dla.view import View, certificate, fold, logit_name, read
 
@@ -100,7 +100,7 @@ def _row(
     cells = []
     for c in range(shown):
         mean = float(row[:, c].mean())
-        colour = charts.NEUTRAL if total else charts.POSITIVE if mean >= 0 else charts.NEGATIVE
+        colour = theme.NEUTRAL if total else theme.POSITIVE if mean >= 0 else theme.NEGATIVE
         cells.append(f'<td style="{_CELL}">{_bar(row[:, c], largest, colour)}</td>')
         cells.append(f'<td style="{_CELL};font-variant-numeric:tabular-nums">{number(mean)}</td>')
     if len(view.samples) == 1 and shown == 1 and not total:
@@ -122,13 +122,13 @@ def _bar(values: Float[np.ndarray, " sample"], largest: float, colour: str) -> s
         low, high = middle + values.min() * reach, middle + values.max() * reach
         dots = (
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{_HEIGHT / 2}" y2="{_HEIGHT / 2}"'
-            f' stroke="{charts.DOT}"><title>from {number(values.min())} to'
+            f' stroke="{theme.DOT}"><title>from {number(values.min())} to'
             f" {number(values.max())}</title></line>"
         )
     elif len(values) > 1:
         places = charts.spread(_HEIGHT / 2, len(values), _HEIGHT / 2)
         dots = "".join(
-            f'<circle cx="{middle + v * reach:.1f}" cy="{y:.1f}" r="1.8" fill="{charts.DOT}"'
+            f'<circle cx="{middle + v * reach:.1f}" cy="{y:.1f}" r="1.8" fill="{theme.DOT}"'
             ' stroke="#fff" stroke-width=".6"/>'
             for v, y in zip(values, places, strict=True)
         )

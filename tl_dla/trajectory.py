@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla import charts
+from tl_dla import charts, theme
 from tl_dla.charts import number, safe
 from tl_dla.errors import ArgumentError
 from tl_dla.model import Point, Write
@@ -97,7 +97,7 @@ def _lines(
             y=levels[:, i],
             text=[safe(station) for station in stations],
             mode="lines",
-            line=dict(color=charts.NEUTRAL, width=0.8),
+            line=dict(color=theme.NEUTRAL, width=0.8),
             opacity=0.55,
             name="each prompt",
             legendgroup="each prompt",
@@ -125,7 +125,7 @@ def _steps(
     for name, ends in pieces.items():
         x = [place for i in ends for place in (places[i - 1], places[i], None)]
         y = [level for i in ends for level in (mean[i - 1], mean[i], None)]
-        line = dict(color=_STEP_COLOURS.get(name, charts.NEUTRAL), width=2.5)
+        line = dict(color=_STEP_COLOURS.get(name, theme.NEUTRAL), width=2.5)
         traces.append(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
     steps = [0.0, *np.diff(mean)]
     logit = mean[-1] or np.nan
@@ -139,7 +139,7 @@ def _steps(
         x=places,
         y=mean,
         mode="markers",
-        marker=dict(size=5, color=charts.NEUTRAL),
+        marker=dict(size=5, color=theme.NEUTRAL),
         hovertext=hover,
         hoverinfo="text",
         showlegend=False,
@@ -149,7 +149,7 @@ def _steps(
         x=places[-1:],
         y=[mean[-1]],
         mode="markers+text",
-        marker=dict(size=11, symbol="diamond", color=charts.NEUTRAL),
+        marker=dict(size=11, symbol="diamond", color=theme.NEUTRAL),
         text=[number(float(mean[-1]))],
         textposition="middle right",
         cliponaxis=False,
@@ -179,7 +179,7 @@ def _candidate_lines(
     """A line for each candidate, and a thin one for each of its samples."""
     traces = []
     for c, name in enumerate(view.candidates):
-        colour = charts.PALETTE[c % len(charts.PALETTE)]
+        colour = theme.PALETTE[c % len(theme.PALETTE)]
         group = dict(legendgroup=name, line_color=colour, mode="lines")
         if len(view.samples) > 1:
             for line in _lines(stations, levels[..., c], view):
