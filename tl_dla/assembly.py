@@ -60,7 +60,8 @@ def finish(
         scale, d = ratio.abs(), plan.logit.direction.shape[-1]
         gross = (gross * scale).sum(-1)
         tolerance = rounding(size * scale, final * scale, values, gross, weights, eps, d)
-        return shaped(tolerance, targets, positions)
+        # What overflows is explained by nothing.
+        return shaped(tolerance.nan_to_num(0.0, posinf=0.0), targets, positions)
 
     stacked = torch.stack([row.value for row in rows.rows])
     attribution = added(stacked * ratio)
