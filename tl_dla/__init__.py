@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_dla.answers import AnswerAttribution as AnswerAttribution
+    from tl_dla.answers import attribute_answer as attribute_answer
     from tl_dla.attention import HeadPattern as HeadPattern
     from tl_dla.attention import top_heads_with_patterns as top_heads_with_patterns
     from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from tl_dla.checking import check_model as check_model
     from tl_dla.dataset import attribute_dataset as attribute_dataset
     from tl_dla.dataset import summarize as summarize
+    from tl_dla.embedding_map import TokenMap as TokenMap
+    from tl_dla.embedding_map import token_map as token_map
     from tl_dla.erasure import Erasures as Erasures
     from tl_dla.erasure import erasures as erasures
     from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
@@ -22,10 +26,14 @@ if TYPE_CHECKING:
     from tl_dla.errors import TlDlaError as TlDlaError
     from tl_dla.errors import TokenError as TokenError
     from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
+    from tl_dla.geometry import UnembeddingPCA as UnembeddingPCA
+    from tl_dla.geometry import unembedding_pca as unembedding_pca
     from tl_dla.interventions import ablate as ablate
     from tl_dla.lens import LogitLens as LogitLens
     from tl_dla.lens import logit_lens as logit_lens
     from tl_dla.loading import load_model as load_model
+    from tl_dla.paths import attribute_path as attribute_path
+    from tl_dla.promotion import PromotedTokens as PromotedTokens
     from tl_dla.readout import Readout as Readout
     from tl_dla.recomputed import direct_effect_recomputed as direct_effect_recomputed
     from tl_dla.reconstruction import Reconstruction as Reconstruction
@@ -39,6 +47,8 @@ if TYPE_CHECKING:
     from tl_dla.units import required_hooks as required_hooks
 
 _MODULES = {
+    "AnswerAttribution": "answers",
+    "attribute_answer": "answers",
     "HeadPattern": "attention",
     "top_heads_with_patterns": "attention",
     "direct_logit_attribution": "attribution",
@@ -46,6 +56,8 @@ _MODULES = {
     "check_model": "checking",
     "attribute_dataset": "dataset",
     "summarize": "dataset",
+    "TokenMap": "embedding_map",
+    "token_map": "embedding_map",
     "Erasures": "erasure",
     "erasures": "erasure",
     "IncompleteCacheError": "errors",
@@ -53,10 +65,14 @@ _MODULES = {
     "TlDlaError": "errors",
     "TokenError": "errors",
     "UnsupportedModelError": "errors",
+    "UnembeddingPCA": "geometry",
+    "unembedding_pca": "geometry",
     "ablate": "interventions",
     "LogitLens": "lens",
     "logit_lens": "lens",
     "load_model": "loading",
+    "attribute_path": "paths",
+    "PromotedTokens": "promotion",
     "Readout": "readout",
     "direct_effect_recomputed": "recomputed",
     "Reconstruction": "reconstruction",

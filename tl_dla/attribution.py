@@ -147,10 +147,21 @@ def make_plan(
     unit: Unit,
     include_bias: bool,
     choice: Choice | None = None,
+    mean: tuple[Float[Tensor, "batch pos 1 d"], Float[Tensor, "batch pos 1"]] | None = None,
 ) -> Plan:
-    """The plan for these targets: their columns of W_U and their biases, pulled back."""
+    """The plan for these targets: their columns of W_U and their biases, pulled back.
+
+    `mean` is the vocabulary's mean capped logit (see `baseline.py`), which is then the last target.
+    """
     unembed, b_U = unembedding(reader.model, targets)
-    return Plan(reader, unembed, b_U, unit, include_bias, choice)
+    if mean is not None:
+        lead = mean[0].shape[:2]
+        unembed = torch.cat([unembed[:, :, :-1].expand(*lead, -1, -1), mean[0]], 2)
+        if b_U is not None:
+            b_U = torch.cat([b_U[:, :, :-1].expand(*lead, -1), mean[1]], 2)
+    plan = Plan(reader, unembed, b_U, unit, include_bias, choice)
+    plan.transformed = mean is not None
+    return plan
 
 
 def unembedding(
@@ -184,12 +195,8 @@ def assemble(
 ) -> DirectLogitAttribution:
     """Rows, output transform, certificate and result, from what the pass has shown."""
     rows = plan.rows(seen, positions, targets.weights)
-    logits, raw = seen.logits, seen.raw
-    if logits is None or raw is None:
-        raw = rows.total
-        logits = output_transform(plan.reader.model, raw)
-    raw, logits = raw.to(rows.total), logits.to(rows.total)
-    ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw)
+    ratio = plan.ratio(seen, rows.total)
+    logits = rows.total * ratio if seen.logits is None else seen.logits.to(ratio)
     expected = logits
     if not plan.include_bias:
         for bias in (plan.final_beta, plan.b_U):

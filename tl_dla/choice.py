@@ -19,7 +19,10 @@ def require_unit(unit: str) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rows are split: the layers, the heads (`L9H9`), how many neurons; None for all."""
+    """Which rows are split: the layers, the heads (`L9H9`), how many neurons; None for all.
+
+    `neurons` names neurons (`L3N7`) that are wanted alone, without the others and a certificate.
+    """
 
     layers: tuple[int, ...] | None = None
     heads: tuple[str, ...] | None = None

@@ -21,11 +21,13 @@ from tl_dla.sublayers import MLP, Experts
 class Neurons(Refinement):
     """`3_mlp_out` as its neurons, `L3N1024`, and `3_mlp_bias`.
 
-    `keep` names the neurons that have a row of their own; the others share `3_other_neurons`.
+    `keep` names the neurons that have a row of their own; the others share `3_other_neurons`, or
+    have none where the kept ones are asked for `alone`.
     """
 
     part: MLP
     keep: Sequence[int] | None = None
+    alone: bool = False
 
     def __init__(self, part: MLP, label: str, write: Readout) -> None:
         super().__init__(part, label, write)
@@ -46,20 +48,19 @@ class Neurons(Refinement):
 
     def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
         """The neurons first, the bias in place."""
-        layer, bias = self.layer, self.bias(seen)
-        z = seen.values[f"neurons {self.label}"]
-        neurons = self.neurons
-        gross = Readout(neurons.direction.abs()).contract(z.abs())
-        total = seen.scaled(neurons.contract(z), neurons)
-        refined = self.certificate(
-            seen, "the neurons", whole, total, seen.scaled(gross, neurons), bias
-        )
-        values = self.values(seen, self.keep)
+        layer, bias, values = self.layer, self.bias(seen), self.values(seen, self.keep)
         names = range(values.shape[-1]) if self.keep is None else self.keep
         rows = [
             Row(f"L{layer}N{neuron}", "neuron", layer, value)
             for neuron, value in zip(names, values.unbind(-1), strict=True)
         ]
+        if self.alone:
+            return Split(rows, bias, [])
+        z = seen.values[f"neurons {self.label}"]
+        neurons = self.output.through_linear(self.part.W_out)
+        total = seen.scaled(neurons.contract(z), neurons)
+        gross = seen.scaled(Readout(neurons.direction.abs()).contract(z.abs()), neurons)
+        refined = self.certificate(seen, "the neurons", whole, total, gross, bias)
         if self.keep is not None:
             z = z.clone()
             z[..., list(self.keep)] = 0

@@ -198,9 +198,6 @@ def model_logits(result: DirectLogitAttribution) -> Float[Tensor, "batch pos tok
     if result.seen.logits is not None:
         return result.seen.logits.to(result.ratio)
     raw = result.plan.rows(result.seen).total
-    if not result.plan.include_bias:
-        for bias in (result.plan.final_beta, result.plan.b_U):
-            raw = raw if bias is None else raw + bias.to(raw)
     return output_transform(result.model, raw)
 
 

@@ -1,4 +1,4 @@
-"""`DirectLogitAttribution`: rows, labels, the model's own logit and the certificate, in one place."""
+"""`DirectLogitAttribution`: rows, labels, the model's own logit and the certificate."""
 
 import re
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tl_dla.audit import Audit
+    from tl_dla.promotion import PromotedTokens
     from tl_dla.units import Plan
 
 _SHOWN = 12
@@ -45,7 +46,7 @@ class DirectLogitAttribution:
             is then what the last of them moved.
     """
 
-    attribution: Float[Tensor, "row *batch_and_pos"]
+    attribution: Float[Tensor, " row *batch_and_pos"]
     labels: list[str]
     kinds: list[Kind]
     layers: list[int | None]
@@ -103,8 +104,10 @@ class DirectLogitAttribution:
 
     @property
     def readout(self) -> Readout:
-        """The readout of the final residual stream: `readout.of(stack)` of what rows wrote is the
-        attribution (see `decompose`); the bias rows are not in the stream.
+        """The readout of the final residual stream.
+
+        `readout.of(stack)` of what rows wrote is the attribution (see `decompose`); the bias rows
+        are not in the stream.
 
         Raises:
             ArgumentError: for a result over several candidates, which has a readout for each, and
@@ -178,7 +181,8 @@ class DirectLogitAttribution:
 
         Columns: `label`, `kind`, `layer`, `prompt`, `position` (of the prompt's real tokens),
         `token` (the token at that position), `candidate` where there are several, `attribution`,
-        `logit` (the model's own) and `share` (attribution / logit).
+        `logit` (the model's own) and `share` (attribution / logit). Rows of source tokens also say
+        which: `source` (its position) and `source_token`.
         """
         import pandas as pd
 
@@ -205,10 +209,20 @@ class DirectLogitAttribution:
                 )
                 if self.targets.candidates:
                     frame.insert(6, "candidate", name)
+                if "source" in self.kinds:
+                    frame["source"] = pd.array(self.sources, dtype="Int64")
+                    texts = token_strings(self.model, packed[b])
+                    frame["source_token"] = [None if s is None else texts[s] for s in self.sources]
                 lines.append(frame)
         table = pd.concat(lines, ignore_index=True)
         table["share"] = table["attribution"] / table["logit"]
         return table
+
+    @property
+    def sources(self) -> list[int | None]:
+        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
+        places = [label.partition("←")[2] for label in self.labels]
+        return [int(place) if place.isdigit() else None for place in places]
 
     def _with_position_axis(self, x: Tensor) -> Float[Tensor, "row batch pos candidate"]:
         x = x if self.targets.candidates is not None else x[..., None]
@@ -229,6 +243,43 @@ class DirectLogitAttribution:
             return names[0]
         others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
         return f"{names[0]} − {others}"
+
+    # ---- candidates and tokens -----------------------------------------------------------------
+
+    @property
+    def common(self) -> Float[Tensor, "row ..."]:
+        """The part of each row that all candidates share: its mean over them.
+
+        Raises:
+            ArgumentError: for a result without candidates.
+        """
+        if self.targets.candidates is None:
+            raise ArgumentError("Only a result over candidate_tokens has a part that they share.")
+        return self.attribution.mean(-1)
+
+    @property
+    def contrast(self) -> Float[Tensor, "row ... candidate"]:
+        """What each row says of each candidate and not of all: the row less `common`."""
+        return self.attribution - self.common[..., None]
+
+    def promoted_tokens(
+        self, label: str, k: int = 10, *, prompt: int | None = None, position: int | None = None
+    ) -> "PromotedTokens":
+        """The tokens whose logits a row raises and lowers most, whatever was attributed.
+
+        Args:
+            label: the row.
+            k: how many tokens of each.
+            prompt: which prompt of a batch.
+            position: which of the attributed positions, an index into them.
+
+        Raises:
+            ArgumentError: for a row that no single part of the model writes, or where `prompt` or
+                `position` is needed.
+        """
+        from tl_dla.promotion import promoted_tokens
+
+        return promoted_tokens(self, label, k, prompt=prompt, position=position)
 
     def plot(self, **options: Any) -> "go.Figure":
         """The figure for this unit, a plotly figure; see `tl_dla.plots`."""

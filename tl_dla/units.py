@@ -50,6 +50,8 @@ class Plan:
         unit: see `Unit`.
     """
 
+    transformed = False
+
     def __init__(
         self,
         reader: ModelReader,
@@ -87,6 +89,11 @@ class Plan:
     # ---- before the forward pass ---------------------------------------------------------------
 
     @property
+    def whole(self) -> bool:
+        """Whether the stream is read to its end, so that a model without parts is told from it."""
+        return True
+
+    @property
     def attention(self) -> list[tuple[Attention, Readout, Readout]]:
         """Each layer's attention, with the readouts of its output and of its heads."""
         heads = [x for x in self.refinements.values() if isinstance(x, Heads)]
@@ -108,7 +115,7 @@ class Plan:
                 refinement = split(step, step.layer, readout)
                 if refinement is not None:
                     found[step.label] = refinement
-        if found:
+        if found or not self.whole:
             return found
         part = "MLP" if self.unit == "neuron" else "attention layer"
         raise UnsupportedModelError(
@@ -129,7 +136,7 @@ class Plan:
         if self.choice.neurons is not None:
             prefix = f"L{layer}N"
             mine = [n for n in self.choice.neurons if n.startswith(prefix)]
-            neurons.keep = [int(n.removeprefix(prefix)) for n in mine]
+            neurons.keep, neurons.alone = [int(n.removeprefix(prefix)) for n in mine], True
         return neurons
 
     def _attention(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
@@ -230,8 +237,9 @@ class Plan:
                 before, pending, additions = value, [], 0
         final = scaled(values[f"|{self.end}|"], self.logit).abs()
         size = torch.stack(magnitudes).square().sum(0).sqrt()
-        biases = self._bias_rows(final)
-        total = points[-1].value + sum(row.value for row in biases)
+        constants = self._constants(final)
+        total = points[-1].value + sum(row.value for row in constants)
+        biases = constants if self.include_bias else []
         if self.unit == "layer":
             return Rows(points + biases, total, size, final)
         if self.choice.top_neurons is not None:
@@ -278,7 +286,10 @@ class Plan:
         if raw is None or logits is None:
             raw = total
             logits = output_transform(self.reader.model, raw)
-        return torch.where(raw == 0, torch.ones_like(raw), logits / raw).to(total)
+        ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw).to(total)
+        if self.transformed:  # the mean's direction holds each token's own ratio already
+            ratio = torch.cat([ratio[..., :-1], torch.ones_like(ratio[..., -1:])], -1)
+        return ratio
 
     def _close(
         self,
@@ -320,17 +331,17 @@ class Plan:
         """The constants that no row of the stream holds, already in logits."""
         return [("ln_final.b", self.final_beta), ("b_U", self.b_U)]
 
-    def _bias_rows(self, like: Float[Tensor, "batch pos token"]) -> list[Row]:
+    def _constants(self, like: Float[Tensor, "batch pos token"]) -> list[Row]:
         return [
             Row(label, "bias", None, bias.to(like).expand_as(like))
             for label, bias in self.biases
-            if bias is not None and self.include_bias
+            if bias is not None
         ]
 
 
 def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:
     """Each step with the readout of what it writes or shows, the first step first."""
-    readout, steps = logit, []
+    readout, steps = logit, list[tuple[Step, Readout]]()
     for step in reversed(stream.steps):
         if isinstance(step, Write):
             steps.append((step, readout.times(step.factor)))
