@@ -77,7 +77,7 @@ def strong(name: str) -> tuple[nn.Module, nn.Module]:
 
 @contextlib.contextmanager
 def all_in_float64() -> Iterator[None]:
-    """Norms, rotations and softmaxes too, which many models take in float32 whatever their dtype."""
+    """Norms, rotations and softmaxes too, which many models take in float32 in any dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -23,7 +23,7 @@ from tests.zoo.configs import (
     WITHOUT_ADAPTER,
 )
 from tests.zoo.hooked import HOOKED, hooked
-from tests.zoo.reference import NO_REFERENCE, zoo_reference
+from tests.zoo.reference import zoo_reference
 from tl_dla import UnsupportedModelError, direct_logit_attribution
 
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
@@ -131,7 +131,7 @@ def check_rows(name, unit):
     for label in ours.keys() | expected.keys():
         zero = torch.zeros_like(result.logit, dtype=torch.float64)
         got, want = ours.get(label, zero), expected.get(label, zero).double()
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5, msg=lambda m: f"{label}: {m}")
+        assert torch.allclose(got, want, atol=2e-5, rtol=1e-5), (label, (got - want).abs().max())
     torch.testing.assert_close(result.logit.double(), reference.logit.double(), atol=2e-5, rtol=0)
 
 

@@ -51,7 +51,7 @@ def test_the_first_broken_layer_is_named():
 def test_heads_that_do_not_add_up_are_found():
     model = boot("llama")
     z = model.hook_dict["blocks.2.attn.o.hook_in"]
-    z.add_hook(lambda x, hook: x * 1.5)  # seen before our reading hook, and by the layer: consistent
+    z.add_hook(lambda x, hook: x * 1.5)  # the layer sees it too: consistent
     assert check_model(model, tokens()).passed
     model.reset_hooks()
     out = model.hook_dict["blocks.2.attn.hook_out"]

@@ -48,6 +48,7 @@ class Identity:
 
     @property
     def passed(self) -> bool:
+        """Whether the miss is one that rounding can explain."""
         return self.relative_error <= self.tolerance
 
 
@@ -158,7 +159,8 @@ def check_model(
         name = "0_pre = embeddings" if start else f"{gap.point.label} = stream before it + writes"
         found.append(identity(layer, name, gap.seen - gap.missing, gap.seen))
     logits = _call(model, prompts.packed)
-    found.append(identity(None, "logits = unembedding of the stream", _read_out(reader, seen), logits))
+    name, read = "logits = unembedding of the stream", _read_out(reader, seen)
+    found.append(identity(None, name, read, logits))
     for key, sums in seen.items():
         if key.startswith("pattern "):
             name = f"{key}: attention rows sum to 1"
@@ -210,10 +212,12 @@ def _pattern_probes(reader: ModelReader) -> list[Probe]:
     """The sums of the attention rows of a model whose value biases were folded."""
     if not (is_bridge(reader.model) and getattr(reader.model, "compatibility_mode", False)):
         return []
-    sites = [(l, reader.site(f"blocks.{l}.attn.hook_pattern")) for l in range(reader.n_layers)]
+    found = {
+        layer: reader.site(f"blocks.{layer}.attn.hook_pattern") for layer in range(reader.n_layers)
+    }
     return [
-        Probe(f"pattern {l}", site, lambda x: upcast(x).sum(-1).mT, whole=True)
-        for l, site in sites
+        Probe(f"pattern {layer}", site, lambda x: upcast(x).sum(-1).mT, whole=True)
+        for layer, site in found.items()
         if site is not None
     ]
 

@@ -1,4 +1,4 @@
-"""The errors that `tl_dla` raises: each is a `TlDlaError` and the built-in class a user would catch."""
+"""The errors of `tl_dla`: each is a `TlDlaError` and the built-in class a user would catch."""
 
 
 class TlDlaError(Exception):

@@ -353,7 +353,7 @@ class ModelReader(SublayerReader):
 def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The model's own output transform: a multiplier, a soft cap."""
     adapter = getattr(model, "adapter", None)
-    if hasattr(adapter, "apply_output_logits_transform"):
+    if adapter is not None and hasattr(adapter, "apply_output_logits_transform"):
         return adapter.apply_output_logits_transform(logits)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits

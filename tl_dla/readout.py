@@ -3,7 +3,7 @@
 With every norm's scale s frozen at its value in this forward pass, a logit is linear in the final
 residual stream x:
 
-    logit = x · w / s  +  β · u  +  b_U,       u = W_U[:, token],   w = γ ⊙ u  (centred for LayerNorm)
+    logit = x · w / s  +  β · u  +  b_U,     u = W_U[:, token],   w = γ ⊙ u  (LayerNorm: centred)
 
 A readout is such a direction w, and the norms whose scales it is divided by. Pulling it back
 through one more linear map (another norm, W_O, W_out, a multiplier) gives the readout of the place
@@ -50,8 +50,10 @@ class Readout:
     scale: Float[Tensor, "..."] | None = None
 
     def of(self, stack: Any) -> Float[Tensor, "..."]:
-        """What vectors at this place write to the logit, in logits: `[row, *lead, d]`, or a
-        `ResidualStack`, to `[row, *lead]`."""
+        """What vectors at this place write to the logit, in logits.
+
+        Takes `[row, *lead, d]`, or a `ResidualStack`, to `[row, *lead]`.
+        """
         stack = getattr(stack, "vectors", stack).to(self.direction.dtype)
         value = (stack * self.direction).sum(-1)
         return value if self.scale is None else value / self.scale
@@ -61,7 +63,7 @@ class Readout:
         return self if factor == 1.0 else replace(self, direction=self.direction * factor)
 
     def through_norm(self, norm: Norm) -> "Readout":
-        """Back through a norm with its scale frozen: γ ⊙ w, less its mean where the norm centres."""
+        """Back through a norm with its scale frozen: γ ⊙ w, less its mean where it centres."""
         direction = self.direction
         if norm.gamma is not None:
             direction = direction * norm.gamma.to(direction)

@@ -97,8 +97,10 @@ class Reconstruction:
         return float(self.tolerance.flatten()[excess.argmax()]) if excess.numel() else 0.0
 
     def require(self, cause: str) -> None:
-        """Raise `ReconstructionError` with the size of the miss, where it is and its likeliest
-        cause, unless the certificate passed."""
+        """Raise `ReconstructionError` unless the certificate passed.
+
+        It says the size of the miss, where it is and its likeliest cause.
+        """
         failures = self.failures()
         if not failures:
             return

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,9 +124,7 @@ def run(
                 handle = site.module.register_forward_pre_hook(read_inputs(name), with_kwargs=True)
                 stack.callback(handle.remove)
             elif not site.hooked:
-                handle = site.module.register_forward_hook(
-                    lambda _m, _a, output, read=reader(name): read(output)
-                )
+                handle = site.module.register_forward_hook(partial(_read_output, reader(name)))
                 stack.callback(handle.remove)
         stack.callback(model.unembed.register_forward_pre_hook(keep_positions).remove)
         if targets is not None:
@@ -228,6 +227,11 @@ def _rolled(
     shape = [1] * x.ndim
     shape[0], shape[axis] = index.shape
     return x.take_along_dim((index % x.shape[axis]).reshape(shape), axis)
+
+
+def _read_output(read: Callable[..., None], _module: Any, _args: Any, output: Any) -> None:
+    """As a forward hook of a module that has no hook point."""
+    read(output)
 
 
 def _by_site(probes: Iterable[Probe]) -> dict[str, list[Probe]]:

@@ -178,11 +178,8 @@ def walk(
     return _in_order(rows) if unit == "head" else rows, points, gaps
 
 
-def head_vectors(
-    attention: Attention, seen: Mapping[str, Tensor], factor: float
-) -> list[Vector]:
-    """Each head through W_O, the norm that follows and the block's multiplier; and the output bias
-    likewise."""
+def head_vectors(attention: Attention, seen: Mapping[str, Tensor], factor: float) -> list[Vector]:
+    """Each head, and the output bias, through what follows: a norm, the block's multiplier."""
     layer, W_O = attention.layer, attention.W_O
     z = seen[f"z {layer}"].flatten(2).unflatten(2, (W_O.shape[0], -1))
     heads = torch.einsum("bphk,hkd->hbpd", z, W_O.to(z)) * attention.factor
@@ -228,4 +225,5 @@ def _attentions(reader: ModelReader) -> list[Attention]:
 
 
 def scale_probe(norm: Norm) -> Probe:
+    """The scale of a norm, under its name."""
     return Probe(norm.name, norm.site, lambda x: norm.scale(upcast(x)))

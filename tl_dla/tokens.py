@@ -218,8 +218,10 @@ class Positions:
     def take(
         self, x: Shaped[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
     ) -> Shaped[Tensor, "batch ..."]:
-        """The activations `[batch, pos, …]` at these positions; `start` says where the prompts
-        begin in their layout."""
+        """The activations `[batch, pos, …]` at these positions.
+
+        `start` says where the prompts begin in their layout.
+        """
         batch = self.index.shape[0]
         if x.shape[0] == 1 and batch > 1:
             x = x.expand(batch, *x.shape[1:])
@@ -245,8 +247,10 @@ class Positions:
 
 
 def read_positions(pos: Any, prompts: Prompts) -> Positions:
-    """`pos` as TransformerLens's `Slice` reads it: an int, a list, tensor or array of ints, a tuple
-    or `slice`, a `Slice`, or None for every position.
+    """`pos` as TransformerLens's `Slice` reads it.
+
+    An int, a list, tensor or array of ints, a tuple or `slice`, a `Slice`, or None for every
+    position.
 
     Raises:
         TokenError: for a position that a prompt does not have.
@@ -313,6 +317,7 @@ class Targets:
     mean_of_vocab: bool = False
 
     def part(self, rows: slice) -> "Targets":
+        """The targets of some of the prompts."""
         ids = self.ids if self.ids.shape[0] == 1 else self.ids[rows]
         return Targets(ids, self.weights, self.candidates, self.mean_of_vocab)
 
@@ -430,11 +435,13 @@ def single_token(model: Any, text: str, texts: Sequence[str] | None = None) -> i
     pieces = _pieces(model, text)
     spaced = [] if text.startswith(" ") else _pieces(model, f" {text}")
     if len(pieces) == 1:
-        after_space = texts is not None and all(t[-1:].isspace() or t[-1:] in "\"'([" for t in texts)
+        after_space = texts is not None and all(
+            t[-1:].isspace() or t[-1:] in "\"'([" for t in texts
+        )
         if len(spaced) == 1 and spaced != pieces and texts is not None and not after_space:
             warnings.warn(
                 f"The answer {text!r} has no leading space; inside a sentence the token is usually"
-                f' {" " + text!r}. Pass that, or the id {pieces[0]} to mean this one.',
+                f" {' ' + text!r}. Pass that, or the id {pieces[0]} to mean this one.",
                 stacklevel=2,
             )
         return pieces[0]

@@ -216,7 +216,8 @@ def main() -> None:
 
 def grid(model: Any, runs: int, console: Console) -> dict[str, Any]:
     """Batches, lengths, units and positions; and the exponents with which cost grows."""
-    table = Table("unit", "pos", "batch", "tokens", "forward s", "ours s", "over forward", "cache s")
+    columns = "unit", "pos", "batch", "tokens", "forward s", "ours s", "over forward", "cache s"
+    table = Table(*columns)
     cells = []
     for batch, tokens in ((1, 64), (4, 64), (32, 64), (1, 256), (4, 256), (1, 1024), (4, 1024)):
         for unit in UNITS:

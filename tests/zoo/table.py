@@ -95,7 +95,9 @@ def _ours(model: Any, unit: str, logit: torch.Tensor) -> tuple[str, str]:
     parts = [part.max_error for part in result.reconstruction.parts.values()]
     if not (off < TOLERANCE and max(parts, default=0.0) < TOLERANCE):
         return "**wrong**", ""
-    rest = [label for label, kind in zip(result.labels, result.kinds) if kind == "rest"]
+    rest = [
+        label for label, kind in zip(result.labels, result.kinds, strict=True) if kind == "rest"
+    ]
     return "exact" + (f", with {', '.join(rest)}" if rest else ""), ""
 
 
