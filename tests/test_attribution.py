@@ -88,7 +88,7 @@ def test_on_an_unfolded_model_rows_are_those_of_autograd(name, unit):
 
 @pytest.mark.parametrize("name", either("gpt2", "gptj", "llama", "ln", "parallel"))
 def test_a_layer_row_is_the_logit_that_the_stream_would_give_there(name):
-    """With the last scale frozen; the plain module's own final norm and unembedding, by autograd."""
+    """With the last scale frozen: the plain module's own final norm and unembedding."""
     model, plain = strong(name)
     with all_in_float64():
         result = direct_logit_attribution(model, tokens(), ANSWERS, unit="layer", pos=None)
@@ -113,8 +113,10 @@ def test_a_layer_row_is_the_logit_that_the_stream_would_give_there(name):
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(name, marks=of_4) for name in ("gpt2", "gptj", "phi")),
-     *either("ln", "parallel", "rms", "post_norm_ln")],
+    [
+        *(pytest.param(name, marks=of_4) for name in ("gpt2", "gptj", "phi")),
+        *either("ln", "parallel", "rms", "post_norm_ln"),
+    ],
 )
 def test_taking_a_write_out_of_the_final_stream_moves_the_logit_by_its_row(name):
     model, _ = strong(name)

@@ -4,7 +4,6 @@ A prompt in a batch, whatever the padding, gives what it gives alone; every refu
 the model has run.
 """
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -203,9 +202,7 @@ def test_positions_are_those_of_transformer_lens(model, pos, expected):
     result = direct_logit_attribution(model, tokens(), 5, pos=pos)
     logits = model(tokens())[:, :, 5].detach()
     torch.testing.assert_close(result.logit, logits[:, expected], atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        result.attribution.sum(0), logits[:, expected], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(result.attribution.sum(0), logits[:, expected], atol=1e-5, rtol=0)
 
 
 def test_positions_count_from_the_end_of_each_prompt(reader):
@@ -216,6 +213,7 @@ def test_positions_count_from_the_end_of_each_prompt(reader):
 # ---- what is asked about -----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -233,10 +231,10 @@ def test_positions_count_from_the_end_of_each_prompt(reader):
     ],
     ids=str,
 )
-def test_an_answer_can_be_said_in_many_ways(model, answer, expected, unchecked):
+def test_an_answer_can_be_said_in_many_ways(model, answer, expected):
     own = model(tokens())[[0, 1], -1, expected].detach()
     for options in ({}, {"incorrect_tokens": 30}):
-        result = unchecked(model, tokens(), answer, **options)
+        result = direct_logit_attribution(model, tokens(), answer, **options)
         want = own - model(tokens())[:, -1, 30].detach() if options else own
         torch.testing.assert_close(result.logit, want, atol=1e-5, rtol=0)
 
@@ -346,23 +344,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_meant_is_one_sentence_before_the_model_runs(model, case, unchecked):
+def test_what_cannot_be_meant_is_one_sentence_before_the_model_runs(model, case):
     prompt, answer, options, fragment = REFUSED[case]
     with counted(model) as shapes, pytest.raises(TlDlaError, match=fragment) as error:
-        unchecked(model, prompt, answer, **options)
+        direct_logit_attribution(model, prompt, answer, **options)
     assert shapes == []
     assert isinstance(error.value, ValueError)
     message = str(error.value)
     assert "\n" not in message and message.endswith((".", ")")) and len(message) < 400
-
-
-@pytest.fixture
-def unchecked():
-    """As users have it: without the shapes and types that tests check at run time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield direct_logit_attribution
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_prompt_of_padding_is_empty():
@@ -374,7 +365,9 @@ def test_a_prompt_of_padding_is_empty():
 def test_an_answer_of_several_tokens_says_which_and_what_to_do():
     model = with_tokenizer("gpt2", spaced())
     with counted(model) as shapes:
-        with pytest.raises(TokenError, match=r"'owl' is 3 tokens \('o', 'w', 'l'\): with a leading"):
+        with pytest.raises(
+            TokenError, match=r"'owl' is 3 tokens \('o', 'w', 'l'\): with a leading"
+        ):
             direct_logit_attribution(model, "dog", "owl")
         with pytest.raises(TokenError, match=r"2 tokens \(' owl', ' cat'\): attribute its first"):
             direct_logit_attribution(model, "dog", " owl cat")
@@ -420,6 +413,8 @@ def test_taking_positions_is_indexing():
     for pos in (-1, [0, -2], None):
         positions = read_positions(pos, prompts)
         for row, length in enumerate(LENGTHS.tolist()):
-            wanted = torch.arange(length)[[-1] if pos == -1 else slice(None) if pos is None else pos]
+            wanted = torch.arange(length)[
+                [-1] if pos == -1 else slice(None) if pos is None else pos
+            ]
             got = positions.take(x)[row][positions.valid[row]]
             torch.testing.assert_close(got, x[row, wanted])
