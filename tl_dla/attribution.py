@@ -213,6 +213,9 @@ def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) ->
             raise ArgumentError("Give `input` to run the model on, or a `cache` of such a run.")
         return read_prompts(model, input, prepend_bos=prepend_bos, attention_mask=mask)
     batch, pos = cache_shape(cache)
+    if input is None:  # a full cache of a bridge holds its tokens
+        held = cache.cache_dict.get("embed.hook_in", torch.empty(0))
+        input = held if held.numel() == batch * pos and not held.is_floating_point() else None
     if input is None:
         device = next(iter(model.parameters())).device
         tokens = torch.zeros(batch, pos, dtype=torch.long, device=device)

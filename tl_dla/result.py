@@ -162,6 +162,11 @@ class DirectLogitAttribution:
             raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
         values = self.attribution[rows].detach().cpu()
         if prompt is not None:
+            n_prompts = values.shape[1]
+            if not -n_prompts <= prompt < n_prompts:
+                raise ArgumentError(
+                    f"prompt must be one of the result's {n_prompts}; {prompt} was given."
+                )
             values = values[:, prompt]
         values = values.reshape(len(rows), -1)
         if values.shape[1] > 1 and not mean:
@@ -180,9 +185,9 @@ class DirectLogitAttribution:
         """A tidy table: one line per row × prompt × position (× candidate).
 
         Columns: `label`, `kind`, `layer`, `prompt`, `position` (of the prompt's real tokens),
-        `token` (the token at that position), `candidate` where there are several, `attribution`,
-        `logit` (the model's own) and `share` (attribution / logit). Rows of source tokens also say
-        which: `source` (its position) and `source_token`.
+        `token` (the token at that position; empty where only a cache was given), `candidate` where
+        there are several, `attribution`, `logit` (the model's own) and `share` (attribution /
+        logit). Rows of source tokens also say which: `source` (its position) and `source_token`.
         """
         import pandas as pd
 
@@ -190,10 +195,11 @@ class DirectLogitAttribution:
         logit = self._with_position_axis(self.logit[None])[0]
         names = self.targets.candidates or ("",)
         packed = self.prompts.packed
+        known = self.seen.logits is not None or bool(self.prompts.tokens.any())
         lines = []
         for b, p in self.positions.valid.nonzero().tolist():
             position = int(self.positions.index[b, p])
-            token = token_strings(self.model, packed[b, position][None])[0]
+            token = token_strings(self.model, packed[b, position][None])[0] if known else ""
             for c, name in enumerate(names):
                 frame = pd.DataFrame(
                     {
@@ -315,6 +321,8 @@ class DirectLogitAttribution:
         shown = min(_SHOWN, len(self.labels))
         rows = self.top(shown, by="magnitude", mean=True)
         what = "mean over prompts and positions" if several else "logits"
+        if self.targets.candidates is not None:
+            what = "mean over prompts, positions and candidates"
         lines.append(f"  the {shown} largest of {len(self.labels)} rows ({what}):")
         width = max(len(label) for label, _ in rows)
         lines += [f"  {label:>{width}}  {value:+9.4f}" for label, value in rows]
