@@ -316,6 +316,16 @@ def test_a_cache_without_a_batch_is_one_prompt(name):
         close(read.attribution, ran.attribution, 1e-5)
 
 
+@pytest.mark.parametrize("name", either("gpt2", "ln"))
+def test_a_cache_of_the_last_position_alone(name):
+    model = load(name)
+    _, cache = model.run_with_cache(tokens(), pos_slice=slice(-1, None))
+    for unit in UNITS:
+        ran = direct_logit_attribution(model, tokens(), ANSWERS, unit=unit)
+        read = direct_logit_attribution(model, None, ANSWERS, unit=unit, cache=cache)
+        close(read.attribution, ran.attribution, 1e-5)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", either("gpt2", "gemma2", "ln"))
 def test_every_hook_that_a_cache_lacks_is_named(name, unit):

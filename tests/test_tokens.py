@@ -159,6 +159,11 @@ def test_a_cache_of_padded_prompts_needs_its_input(reader):
             check_alone(result, reader, unit, pos)
 
 
+def test_a_full_cache_knows_its_padding(reader):
+    _, cache = reader.run_with_cache(padded("right", reader.tokenizer.pad_token_id))
+    check_alone(direct_logit_attribution(reader, None, 5, 7, cache=cache), reader)
+
+
 def test_texts_and_their_cache_are_laid_out_alike(reader):
     for side in ("left", "right"):
         reader.tokenizer.padding_side = side
