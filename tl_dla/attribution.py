@@ -16,11 +16,12 @@ from torch import Tensor
 
 from tl_dla.assembly import OWN_LOGIT, finish, require
 from tl_dla.assembly import shaped as shaped
+from tl_dla.baseline import capped_mean, is_linear
 from tl_dla.choice import Choice, Unit, read_choice, require_unit
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.model import ModelReader, compute_dtype, is_bridge
 from tl_dla.model import output_transform as output_transform
-from tl_dla.recording import Recording, cache_shape, recall, run
+from tl_dla.recording import Probe, Recording, cache_shape, recall, run
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import (
     Answers,
@@ -129,13 +130,20 @@ def direct_logit_attribution(
     targets = read_targets(
         model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
     )
-    plan = make_plan(reader, targets, unit, include_bias, choice)
     if cache is None:
         require_eval(model)
-        seen = run(model, prompts, positions, plan.probes, targets)
-    else:
+
+    def read(probes: Sequence[Probe], targets: Targets | None = None) -> Recording:
+        if cache is None:
+            return run(model, prompts, positions, probes, targets)
         start = prompts.start if bool(prompts.start.any()) else None
-        seen = recall(reader, cache, start, positions, plan.probes)
+        return recall(reader, cache, start, positions, probes)
+
+    mean = None
+    if targets.mean_of_vocab and not is_linear(model):
+        mean = capped_mean(reader, read)
+    plan = make_plan(reader, targets, unit, include_bias, choice, mean)
+    seen = read(plan.probes, targets)
     return assemble(
         plan, seen, prompts, positions, targets, check=check, from_cache=cache is not None
     )

@@ -8,6 +8,7 @@ The same map can be applied to any other token's embedding: the head that turns 
 " Paris" may turn " Italy" into " Rome" ("logit prisms", https://neuralblog.github.io/logit-prisms).
 Frozen scales and the attention weight are one positive number for each source token, so they change
 no ranking; without a path to take them from they are 1, and logits are in units of that number.
+Logits are those before a soft cap, which has a ratio for each target token.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.attribution import unembedding
+from tl_dla.baseline import is_linear
 from tl_dla.choice import Choice, place_of_head
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.model import ModelReader, Point, Write
@@ -122,7 +124,7 @@ def token_map(
     frozen = _of_embedding(plan).frozen(scales)
     own = frozen.direction[0, 0, 0].to(direction)
     own = own if frozen.scale is None else own / frozen.scale[0, 0].to(own)
-    ratio = path.ratio[0, 0, 0].to(own)
+    ratio = path.ratio[0, 0, 0].to(own) if is_linear(model) else 1.0
     return TokenMap(model, layer, head, float(ratio * (own @ direction) / direction.square().sum()))
 
 
@@ -165,7 +167,9 @@ def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     seen = run(model, prompts, positions, probes, None).values
     embed = seen.pop("vector embed")
     [stream] = seen.values()
-    alone = plan.steps[0][0].label == "embed" and isinstance(plan.steps[1][0], Point)
+    alone = getattr(plan.steps[0][0], "label", "") == "embed" and isinstance(
+        plan.steps[1][0], Point
+    )
     rescaled = alone and is_rescaled_embedding(embed, stream)
     return (stream if rescaled else embed)[:, 0]
 
