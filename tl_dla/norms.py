@@ -36,7 +36,7 @@ class Norm:
     centred: bool
     eps: float
 
-    def scale(self, seen: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
+    def scale(self, seen: Float[Tensor, "... width"]) -> Float[Tensor, "..."]:
         """s, from what `site` shows: the model's own `hook_scale`, or the norm's input."""
         if self.site.name.endswith("hook_scale"):
             # Split inputs (one for each head) are all normalised alike.
