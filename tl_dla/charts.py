@@ -205,7 +205,7 @@ def dots(
     Each sample is a trace, so that its name is in the page once, and not once a dot.
     """
     n_samples = values.shape[1]
-    size = 6 if n_samples <= 12 else 5 if n_samples <= 40 else 4
+    size, opacity, edge = (6, 0.85, 0.8) if n_samples <= 40 else (4, 0.4, 0.0)
     offsets = spread(0.0, n_samples)
     rows = np.asarray(places if places is not None else range(len(labels)), dtype=np.float32)
     of_logit = " (%{customdata:.1%} of the logit)" if share is not None else ""
@@ -216,7 +216,9 @@ def dots(
             customdata=None if share is None else share[:, i].astype(np.float32),
             text=[safe(label) for label in labels],
             mode="markers",
-            marker=dict(size=size, color=DOT, opacity=0.85, line=dict(width=0.8, color="#ffffff")),
+            marker=dict(
+                size=size, color=DOT, opacity=opacity, line=dict(width=edge, color="#ffffff")
+            ),
             hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} {unit}{of_logit}"
             f"<br>{in_template(sample)}<extra></extra>",
             name=f"sample {i}",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from tl_dla.view import View, bars, fold, headings, logit_name, read
 if TYPE_CHECKING:
     from tl_dla.lens import LogitLens
     from tl_dla.result import DirectLogitAttribution
-    from tl_dla.summary import DatasetAttribution
 
 
 def plot(
@@ -216,50 +214,6 @@ def _rows(
         title=title,
         subtitle=subtitle,
     )
-
-
-# ---- datasets ----------------------------------------------------------------------------------
-
-
-def intervals(summary: "DatasetAttribution", *, k: int = 30, group: str | None = None) -> go.Figure:
-    """The means over a dataset with their confidence intervals, up to the model's own logit.
-
-    Args:
-        summary: of `attribute_dataset`.
-        k: how many rows, those of the largest means; in the order of the stream.
-        group: only the prompts of this group.
-
-    Raises:
-        ArgumentError: for k < 1, or a group that the dataset does not have.
-    """
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
-    if group is not None and group not in summary.groups:
-        groups = ", ".join(map(repr, summary.groups)) or "none"
-        raise ArgumentError(f"group must be one of the dataset's ({groups}); {group!r} was given.")
-    part = summary if group is None else summary.groups[group]
-    largest = part.rows.mean.abs().argsort(descending=True, stable=True)[:k]
-    rows = largest.sort().values
-
-    def column(name: str) -> Float[np.ndarray, " row"]:
-        own = getattr(part.rows, name)[rows]
-        return torch.cat([own, getattr(part.logit, name)]).double().cpu().numpy()
-
-    details = [
-        f"standard deviation {std:.4f}; sign agrees in {share:.0%} of {part.n} prompts"
-        for std, share in zip(column("std"), column("sign_agreement"), strict=True)
-    ]
-    labels = [*(part.labels[row] for row in rows.tolist()), "model's own logit"]
-    which = f"the {len(rows)} largest of {len(part)} rows" if k < len(part) else f"{len(part)} rows"
-    fig = charts.intervals(
-        labels,
-        *(column(name) for name in ("mean", "low", "high")),
-        details=details,
-        title="What wrote the logit, over the dataset" + (f": {safe(group)}" if group else ""),
-        subtitle=f"means over {part.n} prompts, {part.confidence:.0%} intervals; {which}",
-    )
-    colours = [*charts.signs(column("mean")[:-1]), theme.NEUTRAL]
-    return fig.update_traces(marker_color=colours, selector=dict(type="bar"))
 
 
 # ---- the logit lens ----------------------------------------------------------------------------

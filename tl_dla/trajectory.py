@@ -98,7 +98,7 @@ def _lines(
             text=[safe(station) for station in stations],
             mode="lines",
             line=dict(color=theme.NEUTRAL, width=0.8),
-            opacity=0.55,
+            opacity=0.55 if len(view.samples) <= 12 else 0.2,
             name="each prompt",
             legendgroup="each prompt",
             showlegend=i == 0,
