@@ -212,7 +212,7 @@ def _answers(
 ) -> list[Int[Tensor, " token"]]:
     """One answer's token ids per prompt."""
     several = not isinstance(given, str | Tensor) and not all(isinstance(x, int) for x in given)
-    answers = list(given) if several else [given] * n
+    answers: list[Any] = list(given) if several else [given] * n
     if len(answers) != n:
         raise TokenError(f"{len(answers)} {name}s were given for {n} prompts: give one for each.")
     ids = [_ids(model, x) for x in answers]

@@ -25,7 +25,7 @@ from tl_dla.assembly import finish, require
 from tl_dla.choice import Choice, Unit, place_of_head, read_choice, require_unit
 from tl_dla.errors import TokenError, UnsupportedModelError
 from tl_dla.interventions import require_input
-from tl_dla.model import Norm, Point, Stream, StreamNorm, Write
+from tl_dla.model import Norm, Point, Step, Stream, StreamNorm, Write
 from tl_dla.readout import Readout
 from tl_dla.recording import Recording, run
 from tl_dla.refinement import Refined, Row, Rows, Seen
@@ -74,11 +74,9 @@ class PathPlan(Plan):
         self.map = before.reader.value_map(layer, values.shape[-1])
         W_V, b_V = _of_head(self.map, index, before)
         logit = Readout(values).through_linear(W_V).times(self.map.factor)
-        self.constants = [(f"{layer}_ln1.b", None), (f"{layer}_b_V", None)]
-        if norm is not None and norm.beta is not None:
-            self.constants[0] = (self.constants[0][0], logit.of_bias(norm.beta))
-        if b_V is not None and bool(b_V.any()):
-            self.constants[1] = (self.constants[1][0], Readout(values).of_bias(b_V))
+        beta = None if norm is None or norm.beta is None else logit.of_bias(norm.beta)
+        moved = None if b_V is None or not bool(b_V.any()) else Readout(values).of_bias(b_V)
+        self.constants = [(f"{layer}_ln1.b", beta), (f"{layer}_b_V", moved)]
         self.logit = logit if norm is None else logit.through_norm(norm)
         self._split_into(unit, choice)
 
@@ -259,14 +257,15 @@ def _find(result: DirectLogitAttribution, prompts: Prompts, row: int, text: str)
 # ---- the stream below it -----------------------------------------------------------------------
 
 
-def _below(plan: Plan, layer: int) -> tuple[tuple[object, ...], Norm | None]:
+def _below(plan: Plan, layer: int) -> tuple[tuple[Step, ...], Norm | None]:
     """The steps of the stream up to what the layer's attention reads, and the norm in between."""
     steps, label = list(plan.stream.steps), f"{layer}_attn_out"
     [write] = [i for i, step in enumerate(steps) if getattr(step, "label", "") == label]
     steps = steps[:write]
     norm = plan.reader.attention_norm(layer)
-    if steps and isinstance(steps[-1], StreamNorm):
-        norm = steps.pop().norm
+    if steps and isinstance(last := steps[-1], StreamNorm):
+        norm = last.norm
+        steps.pop()
     if not steps or not isinstance(steps[-1], Point):
         before = steps[-1].label if steps and isinstance(steps[-1], Write) else "nothing"
         raise UnsupportedModelError(

@@ -47,8 +47,10 @@ class Reconstruction:
 
     @property
     def error(self) -> Float[Tensor, "..."]:
-        """|reconstructed - expected|; 0 where a prompt has no such position, infinite where either
-        is no number."""
+        """|reconstructed - expected|, infinite where either is no number.
+
+        0 where a prompt has no such position.
+        """
         error = (self.reconstructed - self.expected).abs().nan_to_num(torch.inf, posinf=torch.inf)
         return torch.where(self.tolerance.isnan(), 0.0, error)
 

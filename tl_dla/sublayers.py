@@ -150,8 +150,8 @@ class SublayerReader(NormReader):
         factor = _scale(block) if name == "mlp" else 1.0
         if module is None:  # no hooks inside the block: the last linear map of the MLP itself
             found = [x for x in written.module.named_children() if isinstance(x[1], nn.Linear)]
-            site = Site(f"{written.name}.{found[-1][0]}", found[-1][1], inputs=True)
-            return MLP(layer, site, *self._matrix(found[-1][1], at, "neuron"), post_norm, factor)
+            last = Site(f"{written.name}.{found[-1][0]}", found[-1][1], inputs=True)
+            return MLP(layer, last, *self._matrix(found[-1][1], at, "neuron"), post_norm, factor)
         if not self.is_bridge and hasattr(module, "W_out"):
             bias, site = parameter(module, "b_out"), self.site(f"{at}.hook_post")
             assert site is not None

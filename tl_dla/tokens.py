@@ -154,7 +154,7 @@ def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
     batch, pos = tokens.shape
     tokenizer = getattr(model, "tokenizer", None)
     pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None:
+    if tokenizer is None or pad is None:
         return Prompts(tokens, tokens.new_zeros(batch), tokens.new_full((batch,), pos))
     real = tokens != pad
     start, after = real.int().argmax(-1), real.flip(-1).int().argmax(-1)
@@ -186,7 +186,7 @@ def _check_prompts(model: Any, prompts: Prompts) -> None:
         )
     tokenizer = getattr(model, "tokenizer", None)
     bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and longest > 1:
+    if tokenizer is not None and bos is not None and longest > 1:
         first = tokens.gather(1, prompts.start[:, None])
         second = tokens.gather(1, (prompts.start[:, None] + 1).clamp(max=tokens.shape[1] - 1))
         doubled = ((first == bos) & (second == bos))[:, 0] & (prompts.length > 1)
