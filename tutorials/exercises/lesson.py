@@ -15,8 +15,8 @@ from tl_dla import load_model
 
 PROMPTS = [  # prompt, correct answer, incorrect answer
     ("When Mary and John went to the store, John gave a drink to", " Mary", " John"),
-    ("When Amy and Tom went to the park, Amy gave a flower to", " Tom", " Amy"),
-    ("When Sarah and Dan went to the school, Dan gave a book to", " Sarah", " Dan"),
+    ("When Tom and Paul went to the park, Tom gave a flower to", " Paul", " Tom"),
+    ("When Emma and Kate went to the school, Kate gave a book to", " Emma", " Kate"),
 ]
 
 
@@ -53,10 +53,12 @@ def load_lesson() -> Lesson:
     """The demo model, run once on `PROMPTS`."""
     model = load_model("demo", device="cpu")
     _give_unembedding_a_bias(model)
+    _move_mean_of_stream(model)
     prompts, correct, incorrect = zip(*PROMPTS, strict=True)
     tokens = model.to_tokens(list(prompts))
     logits, cache = model.run_with_cache(tokens)
-    correct, incorrect = (model.to_tokens(list(t), prepend_bos=False)[:, 0] for t in (correct, incorrect))
+    correct = model.to_tokens(list(correct), prepend_bos=False)[:, 0]
+    incorrect = model.to_tokens(list(incorrect), prepend_bos=False)[:, 0]
     return Lesson(model, tokens, correct, incorrect, logits, cache)
 
 
@@ -69,3 +71,10 @@ def _give_unembedding_a_bias(model: Any) -> None:
         model.unembed.b_U.copy_(bias)
     else:  # TransformerBridge, which reads b_U off the wrapped nn.Linear
         head.bias = torch.nn.Parameter(bias)
+
+
+def _move_mean_of_stream(model: Any) -> None:
+    """Every LayerNorm takes the mean away, so this changes no logit; but who forgets to centre
+    the rows now gets others."""
+    embedding = getattr(model.pos_embed, "original_component", None)
+    (model.pos_embed.W_pos if embedding is None else embedding.weight).add_(2.0)

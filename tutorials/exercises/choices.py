@@ -1,0 +1,110 @@
+"""Checks of the two exercises that answer with a choice: which heads, and whether rows add up."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comparing import Mistake
+from lesson import Lesson
+from reference import gamma_directions, heads, ledger, project
+from torch import Tensor
+
+
+def check_top_heads(function: Callable[..., Any], lesson: Lesson) -> None:
+    """The k largest and the k smallest, as (layer, head)."""
+    own = project(lesson, heads(lesson), gamma_directions(lesson)).mean(-1).float()
+    random = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))  # not square
+    for per_head, k in ((random, 4), (own, 3)):
+        where = [
+            tuple(map(int, index))
+            for index in torch.cartesian_prod(*map(torch.arange, per_head.shape))
+        ]
+        order = sorted(where, key=lambda index: -float(per_head[index]))
+        by_size = sorted(where, key=lambda index: -abs(float(per_head[index])))
+        _compare_heads(function(per_head, k), order, by_size, k, per_head.shape[1])
+
+
+def _compare_heads(given: Any, order: list, by_size: list, k: int, n_heads: int) -> None:
+    positive, negative = order[:k], order[::-1][:k]
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        found = len(given) if isinstance(given, tuple | list) else "no"
+        raise Mistake(
+            f"two lists are wanted, (positive, negative), and you returned {found}: the negative"
+            " heads are part of the circuit."
+        )
+    given = [torch.as_tensor(heads).tolist() for heads in given]
+    flat = [[layer * n_heads + head for layer, head in heads] for heads in (positive, negative)]
+    if given == flat:
+        raise Mistake(
+            f"these are flat indices: index {given[0][0]} is head {positive[0]}; divide by the"
+            f" number of heads, {n_heads}."
+        )
+    if not all(isinstance(head, list) and len(head) == 2 for heads in given for head in heads):
+        raise Mistake("every head is wanted as two numbers, (layer, head).")
+    given = [[tuple(head) for head in heads] for heads in given]
+    if given == [positive, negative]:
+        return
+    if given == [[head[::-1] for head in heads] for heads in (positive, negative)]:
+        raise Mistake("these are (head, layer): the layer comes first.")
+    if given == [negative, positive]:
+        raise Mistake("positive and negative are swapped.")
+    if given[0] == by_size[:k]:
+        raise Mistake("the first list is by magnitude: negative heads belong to the second.")
+    if given[0] == positive and sorted(given[1]) == sorted(order[k : 2 * k]):
+        raise Mistake("the second list has the next positive heads, not the most negative ones.")
+    if given[0] == positive and given[1] == by_size[:k]:
+        raise Mistake("the second list is by magnitude: positive heads belong to the first.")
+    if [sorted(heads) for heads in given] == [sorted(positive), sorted(negative)]:
+        raise Mistake("these are the right heads in another order: the strongest come first.")
+    if [len(heads) for heads in given] != [k, k]:
+        raise Mistake(f"k = {k} heads of each sign are wanted, not {[len(h) for h in given]}.")
+    raise Mistake(
+        f"these are other heads: {positive} and {negative} are right, and you have {given[0]} and"
+        f" {given[1]}. Did you divide by the number of heads, the second axis?"
+    )
+
+
+def check_adds_up(function: Callable[..., Any], lesson: Lesson) -> None:
+    """True for what rounding explains, False for anything more."""
+    rows = ledger(lesson).mean(-1).float()
+    total = lesson.logit_diff
+
+    def says(rows: Tensor, expected: float) -> bool:
+        verdict = function(rows, expected)
+        if isinstance(verdict, Tensor):
+            verdict = verdict.item()
+        if not isinstance(verdict, bool):
+            raise Mistake(f"True or False is wanted, not a {type(verdict).__name__}.")
+        return verdict
+
+    for expected in (total + 3e-6, total - 3e-6):
+        if not says(rows, expected):
+            raise Mistake(
+                "it rejects rows that miss by 0.000003: float32 rounds, so == and the like never"
+                " hold. Allow what rounding explains."
+            )
+    accepts = [says(rows, total + 1), says(rows, total - 1)]
+    if all(accepts):
+        raise Mistake(
+            f"it accepts {total:.2f} for {total + 1:.2f}, and for {total - 1:.2f}: the tolerance is"
+            " so loose that the check cannot fail."
+        )
+    if any(accepts):
+        raise Mistake(
+            "it accepts a miss of 1 logit in one direction: take the absolute value of the"
+            " difference."
+        )
+    if says(rows, total + 0.01) or says(rows, total - 0.01):
+        raise Mistake(
+            "it accepts a miss of 0.01 logits, a thousand times what rounding explains here: the"
+            " tolerance is too loose."
+        )
+    if says(torch.full_like(rows, math.nan), total):
+        raise Mistake("it accepts NaN: ask whether the miss is small, not whether it is large.")
+    # Near 300000, float32 numbers are 1/32 apart: 299999.99 is not among them.
+    if not says(torch.tensor([300_000.0, -299_999.99, 1.0]), 1.01):
+        raise Mistake(
+            "it rejects 300000 - 299999.99 + 1 = 1.01, which float32 rounds to 1: make the"
+            " tolerance grow with the sum of the rows' absolute values."
+        )
