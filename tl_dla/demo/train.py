@@ -94,7 +94,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 def add_name_prior(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Add to β the smallest vector whose product with W_U is `PRIOR` × each name's log frequency."""
+    """Add to β the smallest vector that W_U turns into `PRIOR` × each name's log frequency."""
     names = tokenizer.convert_tokens_to_ids([f"Ġ{name.strip()}" for name in corpus.NAMES])
     prior = torch.tensor(corpus.NAME_WEIGHTS).log()
     prior = PRIOR * (prior - prior.mean())[:, None]
