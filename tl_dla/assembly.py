@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_dla.reconstruction import Reconstruction, rounding
 from tl_dla.recording import Recording
-from tl_dla.refinement import Row, Rows
+from tl_dla.refinement import Rows
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import Positions, Prompts, Targets
 from tl_dla.units import Plan
@@ -63,9 +63,13 @@ def finish(
         # What overflows is explained by nothing.
         return shaped(tolerance.nan_to_num(0.0, posinf=0.0), targets, positions)
 
-    stacked = torch.stack([row.value for row in rows.rows])
+    stacked, labels, kinds = rows.values(), rows.labels, rows.kinds
     attribution = added(stacked * ratio)
-    kept = [i for i, row in enumerate(rows.rows) if plan.unit != "layer" or _ends_there(row, plan)]
+    # Of the sights of the stream, the last one and the biases add up to the logit.
+    end = plan.end
+    ends = [label == end or kind == "bias" for label, kind in zip(labels, kinds, strict=True)]
+    kept = torch.tensor([i for i, end in enumerate(ends) if end or plan.unit != "layer"])
+    kept = kept.to(stacked.device)
     reconstruction = Reconstruction(
         added(expected),
         attribution[kept].sum(0),
@@ -83,9 +87,9 @@ def finish(
     )
     return DirectLogitAttribution(
         attribution=attribution,
-        labels=[row.label for row in rows.rows],
-        kinds=[row.kind for row in rows.rows],
-        layers=[row.layer for row in rows.rows],
+        labels=labels,
+        kinds=kinds,
+        layers=rows.layers,
         unit=plan.unit,
         logit=reconstruction.expected,
         reconstruction=reconstruction,
@@ -116,8 +120,3 @@ def shaped(
     x = torch.where(positions.valid.to(x.device)[..., None], x, torch.nan)
     x = x.squeeze(-2) if positions.single else x
     return x if targets.candidates is not None else x.squeeze(-1)
-
-
-def _ends_there(row: Row, plan: Plan) -> bool:
-    """Whether a row of the `layer` unit is one of those that add up to the logit."""
-    return row.kind == "bias" or row.label == plan.end

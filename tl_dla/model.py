@@ -332,7 +332,7 @@ class ModelReader(SublayerReader):
         after = self.post_norm(layer, "ln1")
         if after is not None and after.name.endswith("ln1") or self._stream_norms(layer) != "none":
             return None
-        if self.is_bridge and not self._normalises(module):
+        if isinstance(module, nn.Identity) or (self.is_bridge and not self._normalises(module)):
             return None
         return self.norm(module, f"blocks.{layer}.ln1")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_dla.readout import Readout
 from tl_dla.recording import Probe
-from tl_dla.refinement import Refinement, Row, Seen, Split, upcast
+from tl_dla.refinement import Block, Refinement, Row, Seen, Split, upcast
 from tl_dla.sublayers import MLP, Experts
 
 
@@ -49,11 +49,9 @@ class Neurons(Refinement):
     def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
         """The neurons first, the bias in place."""
         layer, bias, values = self.layer, self.bias(seen), self.values(seen, self.keep)
-        names = range(values.shape[-1]) if self.keep is None else self.keep
-        rows = [
-            Row(f"L{layer}N{neuron}", "neuron", layer, value)
-            for neuron, value in zip(names, values.unbind(-1), strict=True)
-        ]
+        kept = range(values.shape[-1]) if self.keep is None else self.keep
+        labels = [f"L{layer}N{neuron}" for neuron in kept]
+        rows: list[Row | Block] = [Block(labels, "neuron", layer, values.movedim(-1, 0))]
         if self.alone:
             return Split(rows, bias, [])
         z = seen.values[f"neurons {self.label}"]
@@ -125,11 +123,8 @@ class ExpertRows(Refinement):
         scaling = min(self.part.scalings, key=lambda s: float((rest - s * total).abs().nansum()))
         routed, total = routed * scaling, total * scaling
         refined = self.certificate(seen, "the experts", whole, total, routed.abs().sum(-1), instead)
-        rows = [
-            Row(f"L{layer}E{expert}", "expert", layer, value)
-            for expert, value in enumerate(routed.unbind(-1))
-        ]
-        return Split(rows, instead, [refined])
+        labels = [f"L{layer}E{expert}" for expert in range(routed.shape[-1])]
+        return Split([Block(labels, "expert", layer, routed.movedim(-1, 0))], instead, [refined])
 
 
 def largest(scores: Sequence[Float[Tensor, " neuron"]], k: int) -> list[list[int]]:

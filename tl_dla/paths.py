@@ -28,7 +28,7 @@ from tl_dla.interventions import require_input
 from tl_dla.model import Norm, Point, Step, Stream, StreamNorm, Write
 from tl_dla.readout import Readout
 from tl_dla.recording import Recording, run
-from tl_dla.refinement import Refined, Row, Rows, Seen
+from tl_dla.refinement import Block, Refined, Row, Rows, Seen
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.sources import Sources
 from tl_dla.sublayers import ValueMap
@@ -293,7 +293,8 @@ def _reshaped(rows: Rows, shape: torch.Size) -> Rows:
         return x.reshape(shape)
 
     return Rows(
-        [Row(row.label, row.kind, row.layer, at(row.value)) for row in rows.rows],
+        [Row(x.label, x.kind, x.layer, at(x.value)) if isinstance(x, Row) else
+         Block(x.labels, x.kind, x.layer, x.values.reshape(-1, *shape)) for x in rows.blocks],
         at(rows.total),
         at(rows.magnitude),
         at(rows.final),

@@ -29,6 +29,16 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one kind and layer, together: thousands of neurons are one tensor."""
+
+    labels: list[str]
+    kind: Kind
+    layer: int | None
+    values: Float[Tensor, "row batch pos token"]
+
+
+@dataclass(frozen=True, eq=False)
 class Refined:
     """A row that others split: the sum of the parts must be its value.
 
@@ -47,18 +57,49 @@ class Refined:
 class Rows:
     """All rows of a unit, and what the certificate needs."""
 
-    rows: list[Row]
+    blocks: list[Row | Block]
     total: Float[Tensor, "batch pos token"]
     magnitude: Float[Tensor, "batch pos token"]
     final: Float[Tensor, "batch pos token"]
     refined: list[Refined] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        """One by one."""
+        named = zip(self.labels, self.kinds, self.layers, self.values(), strict=True)
+        return [Row(label, kind, layer, value) for label, kind, layer, value in named]
+
+    @property
+    def labels(self) -> list[str]:
+        """The rows' names."""
+        return [label for block in self.blocks for label in names(block)]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each row is."""
+        return [block.kind for block in self.blocks for _ in names(block)]
+
+    @property
+    def layers(self) -> list[int | None]:
+        """Each row's layer."""
+        return [block.layer for block in self.blocks for _ in names(block)]
+
+    def values(self) -> Float[Tensor, "row batch pos token"]:
+        """All rows in one tensor."""
+        stacks = [x.value[None] if isinstance(x, Row) else x.values for x in self.blocks]
+        return torch.cat(stacks)
+
+
+def names(block: Row | Block) -> list[str]:
+    """The labels of a row, or of rows."""
+    return [block.label] if isinstance(block, Row) else block.labels
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """What stands for a row: `first` before all rows of the stream, `instead` in its place."""
 
-    first: list[Row]
+    first: list[Row | Block]
     instead: list[Row]
     refined: list[Refined]
 
@@ -171,11 +212,8 @@ class Heads(Refinement):
         refined = self.certificate(
             seen, "the heads", whole, values.sum(-1), values.abs().sum(-1), bias
         )
-        rows = [
-            Row(f"L{self.layer}H{head}", "head", self.layer, value)
-            for head, value in enumerate(values.unbind(-1))
-        ]
-        return Split(rows, bias, [refined])
+        labels = [f"L{self.layer}H{head}" for head in range(values.shape[-1])]
+        return Split([Block(labels, "head", self.layer, values.movedim(-1, 0))], bias, [refined])
 
 
 def magnitude(readout: Readout) -> Callable[[Tensor], Tensor]:

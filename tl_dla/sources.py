@@ -17,7 +17,7 @@ from torch.nn import functional
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.readout import Readout
 from tl_dla.recording import Probe
-from tl_dla.refinement import Heads, Refined, Row, Seen, Split, upcast
+from tl_dla.refinement import Block, Heads, Refined, Row, Seen, Split, upcast
 from tl_dla.sublayers import Attention, Mixing
 
 _GATES = (torch.sigmoid, functional.softplus)
@@ -102,7 +102,7 @@ class Sources(Heads):
 
     def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
         """The source tokens in place of each chosen head, and the certificate of each."""
-        heads = super().split(seen, whole)
+        heads, own = super().split(seen, whole), self.values(seen)
         readout, chosen = self.readout(seen), self.chosen
         pattern = self.pattern(seen)[:, :, chosen]
         values = self.values_of(seen)[:, : pattern.shape[-1], chosen]
@@ -113,22 +113,17 @@ class Sources(Heads):
         size = torch.einsum("bphd,bpthd->bpth", z.square(), direction.square()).sqrt()
         size = seen.scaled(size, readout).square() + moved.square().sum(-1)
         parts, gross, size = moved.sum(-1), moved.abs().sum(-1), size.sqrt()
-        first, refined = list(heads.first), list(heads.refined)
-        rows: dict[int, list[Row]] = {head: [row] for head, row in enumerate(first)}
-        for i, head in enumerate(chosen):
-            [row] = rows[head]
-            refined.append(
-                Refined(
-                    row.label,
-                    "the source tokens",
-                    row.value,
-                    parts[..., i],
-                    gross[..., i],
-                    size[..., i],
-                )
-            )
-            rows[head] = [
-                Row(f"{row.label}←{source}", "source", self.layer, value)
-                for source, value in enumerate(moved[..., i, :].unbind(-1))
-            ]
-        return Split([row for head in rows.values() for row in head], heads.instead, refined)
+        first: list[Row | Block] = []
+        refined = list(heads.refined)
+        for head, value in enumerate(own.unbind(-1)):
+            label = f"L{self.layer}H{head}"
+            if head not in chosen:
+                first.append(Row(label, "head", self.layer, value))
+                continue
+            i = chosen.index(head)
+            part = (value, parts[..., i], gross[..., i], size[..., i])
+            refined.append(Refined(label, "the source tokens", *part))
+            rows = moved[..., i, :].movedim(-1, 0)
+            labels = [f"{label}←{source}" for source in range(len(rows))]
+            first.append(Block(labels, "source", self.layer, rows))
+        return Split(first, heads.instead, refined)

@@ -33,7 +33,7 @@ from tl_dla.model import (
 from tl_dla.neurons import ExpertRows, Neurons, largest
 from tl_dla.readout import Readout
 from tl_dla.recording import Probe, Recording
-from tl_dla.refinement import Heads, Refined, Refinement, Row, Rows, Seen, Split, magnitude
+from tl_dla.refinement import Block, Heads, Refined, Refinement, Row, Rows, Seen, magnitude
 from tl_dla.refinement import upcast as upcast
 from tl_dla.sources import Sources
 from tl_dla.sublayers import Experts
@@ -241,23 +241,23 @@ class Plan:
         total = points[-1].value + sum(row.value for row in constants)
         biases = constants if self.include_bias else []
         if self.unit == "layer":
-            return Rows(points + biases, total, size, final)
+            return Rows([*points, *biases], total, size, final)
         if self.choice.top_neurons is not None:
             self._keep_largest(shown, self.ratio(seen, total), positions, weights)
         rows, refined = self._split(stream, shown)
-        return Rows(rows + biases, total, size, final, refined)
+        return Rows([*rows, *biases], total, size, final, refined)
 
-    def _split(self, stream: list[Row], shown: Seen) -> tuple[list[Row], list[Refined]]:
+    def _split(self, stream: list[Row], shown: Seen) -> tuple[list[Row | Block], list[Refined]]:
         """Parts before everything else, and each row that they split left out."""
         splits = {
             row.label: self.refinements[row.label].split(shown, row.value)
             for row in stream
             if row.label in self.refinements
         }
-        first = [row for split in splits.values() for row in split.first]
-        kept = [splits.get(row.label, Split([], [row], [])).instead for row in stream]
-        refined = [x for split in splits.values() for x in split.refined]
-        return first + [row for rows in kept for row in rows], refined
+        rows = [row for split in splits.values() for row in split.first]
+        for row in stream:
+            rows += splits[row.label].instead if row.label in splits else [row]
+        return rows, [x for split in splits.values() for x in split.refined]
 
     def _keep_largest(
         self,
