@@ -10,8 +10,8 @@ Each kind of text is the textbook case of one kind of circuit:
 - **Repetitions**, for induction (Olsson et al., 2022, arXiv 2209.11895): random words, then the
   same words again.
 
-A fixed tenth of the combinations of two names and a wording, and for every fact one of its five
-wordings, never occur in training: they are `held_out`.
+A fixed tenth of the combinations of two names and a wording, and a fixed fifth of the combinations
+of a fact's subject and a wording, never occur in training: they are `held_out`.
 """
 
 import random
@@ -174,7 +174,7 @@ def indirect_object(rng: random.Random) -> Prompt:
         text=wording.format(A=first, B=second, S=subject, place=place, thing=thing),
         answer=answer,
         wrong=subject,
-        held_out=_fingerprint(*sorted([first, second]), wording) % 10 == 0,
+        held_out=_one_in(10, *sorted([first, second]), wording),
     )
 
 
@@ -191,19 +191,19 @@ def facts() -> list[Prompt]:
             text=_capitalise(wording.format(X=subject)),
             answer=answer,
             wrong=_another(answer, list(answers.values())),
-            held_out=number == _fingerprint(subject, attribute) % len(QUESTIONS[attribute]),
+            held_out=_one_in(5, subject, wording),
         )
         for attribute, answers in attributes.items()
         for subject, answer in answers.items()
-        for number, wording in enumerate(QUESTIONS[attribute])
+        for wording in QUESTIONS[attribute]
     ]
 
 
 def training_prompts(rng: random.Random) -> Iterator[Prompt]:
-    """Prompts to train on, without end: three people to two facts, nothing that is held out."""
+    """Prompts to train on, without end: both sorts equally often, nothing that is held out."""
     known = [fact for fact in facts() if not fact.held_out]
     while True:
-        draw = rng.choice(known) if rng.random() < 0.4 else indirect_object(rng)
+        draw = rng.choice(known) if rng.random() < 0.5 else indirect_object(rng)
         if not draw.held_out:
             yield draw
 
@@ -226,9 +226,9 @@ def repetition(rng: random.Random, n_words: int) -> str:
     return half + half
 
 
-def _fingerprint(*parts: str) -> int:
-    """A number that is the same in every process and for every seed, as `hash` is not."""
-    return zlib.crc32("|".join(parts).encode())
+def _one_in(n: int, *combination: str) -> bool:
+    """One in `n` combinations, the same ones in every process and for every seed."""
+    return zlib.crc32("|".join(combination).encode()) % n == 0
 
 
 def _another(answer: str, answers: list[str]) -> str:
