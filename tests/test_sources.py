@@ -15,7 +15,7 @@ from tl_dla import (
 )
 from tl_dla.errors import ArgumentError
 
-LAYER, HEAD, SOURCE = 2, 3, 4
+LAYER, HEAD, SOURCE = 2, 1, 4
 # Grouped heads with biases; norms after sublayers and a soft cap; multipliers; attention sinks; a
 # gate on the mixed values (per coordinate, per head); one norm over all heads.
 PLAIN = ["llama_bias", "gemma2", "granite_bias", "gpt_oss", "afmoe", "laguna", "bitnet"]
