@@ -13,8 +13,20 @@ from tests.zoo.build import perturb
 
 # What a user may write: markup, entities, quotes, templates, line ends.
 WORDS = ["the", "cat", "dog", "sat", "<script>alert(1)</script>", "&amp;", '"', "'", "{{plotly}}"]
-WORDS += ["</script><b>", "%{x}", "$&", "<!--", "mat", "on", "a"]
-NASTY = "the cat <script>alert(1)</script> &amp; \" ' {{plotly}} </script><b> %{x} $& <!-- the cat"
+WORDS += [
+    "<img/src=x/onerror=window.hacked=1>",
+    "</script><b>",
+    "%{x}",
+    "$&",
+    "<!--",
+    "mat",
+    "on",
+    "a",
+]
+NASTY = (
+    "the cat <script>alert(1)</script> &amp; \" ' {{plotly}} </script><b>"
+    " <img/src=x/onerror=window.hacked=1> %{x} $& <!-- the cat"
+)
 PROMPTS = ["the cat sat on a mat the cat", "the dog sat on the", "a dog"]
 
 

@@ -14,6 +14,7 @@ from tests.zoo.hooked import hooked
 from tl_dla import (
     UnsupportedModelError,
     direct_logit_attribution,
+    required_hooks,
     top_heads_with_patterns,
 )
 from tl_dla.attention_view import AttentionView
@@ -272,7 +273,7 @@ def test_refuses_heads_that_it_cannot_take_apart(name, part):
 @of_4
 def test_a_result_that_another_run_does_not_give_again():
     model = boot("llama")
-    _, cache = model.run_with_cache(tokens())
+    _, cache = model.run_with_cache(tokens(), names_filter=required_hooks(model, "head"))
     without_input = direct_logit_attribution(
         model, None, ANSWERS, INCORRECT, unit="head", cache=cache
     )
@@ -292,7 +293,7 @@ def test_shown_as_text(result):
     summary = heads.summary()
     assert summary["head"].tolist() == [head.label for head in heads]
     page = heads._repr_html_()
-    assert page.count('id="circuitsvis"') == 1 and head.label in page
+    assert page.count("id=&quot;circuitsvis&quot;") == 1 and head.label in page
 
 
 EVIL = ["<img/src=x/onerror=window.hacked=1>", "<script>window.hacked=2</script>", " <b>b</b>",
@@ -314,8 +315,8 @@ def test_opened_with_no_network_it_draws_every_head_and_shows_tokens_as_text(
     with Browser() as browser:
         page = browser.open(path)
         page.wait(f"document.querySelectorAll('canvas').length === {canvases}")
+        time.sleep(2)  # the grid settles once its styles are there
         sizes = page.evaluate("[...document.querySelectorAll('canvas')].map(c => c.clientWidth)")
-        time.sleep(2)
         assert page.evaluate("window.hacked || 0") == 0 and page.requests == []
         assert [e for e in page.errors if "GL" not in e] == []
         text = page.evaluate("document.body.innerText")
@@ -326,6 +327,8 @@ def test_opened_with_no_network_it_draws_every_head_and_shows_tokens_as_text(
             )
             assert [x.replace("\xa0", " ") for x in shown] == [t.replace("\n", "↵") for t in EVIL]
         # It stays as large as it was drawn (CircuitsVis issue 61).
+        page.evaluate("dispatchEvent(new Event('resize'))")
+        time.sleep(1)
         again = page.evaluate("[...document.querySelectorAll('canvas')].map(c => c.clientWidth)")
         assert again == sizes and min(sizes) > 30
 

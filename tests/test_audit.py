@@ -29,6 +29,7 @@ from tl_dla import (
     direct_logit_attribution,
     erasures,
     load_model,
+    required_hooks,
 )
 from tl_dla.audit import audit
 from tl_dla.errors import ArgumentError
@@ -244,7 +245,7 @@ def test_refusals_say_what_to_do() -> None:
 
 def test_a_cache_without_its_input_cannot_be_run_again() -> None:
     model = boot("gpt2")
-    _, cache = model.run_with_cache(tokens())
+    _, cache = model.run_with_cache(tokens(), names_filter=required_hooks(model, "head"))
     result = direct_logit_attribution(model, None, ANSWERS, INCORRECT, unit="head", cache=cache)
     with pytest.raises(ArgumentError, match="pass the prompts as `input`"):
         result.audit()

@@ -125,6 +125,10 @@ def test_what_every_prompt_ends_with_is_no_padding(side):
     ids = [[*row, 2] for row in IDS]
     result = direct_logit_attribution(model, padded(side, 2, ids), 5, 7)
     check_alone(result, model, ids=ids)
+    if side == "left":  # padded on the left, one prompt may close and another not
+        ids = [IDS[0], [*IDS[1], 2], IDS[2]]
+        result = direct_logit_attribution(model, padded(side, 2, ids), 5, 7)
+        check_alone(result, model, ids=ids)
 
 
 @pytest.mark.parametrize("name", either("llama", "gptj", "gemma2", "ln", "rotary", "alibi"))
@@ -148,12 +152,15 @@ def test_a_model_that_reads_both_ways_would_see_the_padding(name):
 
 def test_a_cache_of_padded_prompts_needs_its_input(reader):
     pad = reader.tokenizer.pad_token_id
-    for side in ("left", "right"):
-        mask = (padded(side, -1) >= 0).long()
-        _, cache = reader.run_with_cache(padded(side, pad), attention_mask=mask)
-        for pos, unit, told in [(-1, "head", mask), (None, "component", None)]:
+    for side, width in [("left", 6), ("right", 6), ("right", 8)]:
+        batch = padded(side, pad, width=width)
+        mask = (padded(side, -1, width=width) >= 0).long()
+        _, cache = reader.run_with_cache(batch, attention_mask=mask)
+        for pos, unit in [(-1, "head"), (None, "component")]:
+            # The padding is found, unless every row has some that may be its own.
+            told = mask if width > 6 or unit == "head" else None
             result = direct_logit_attribution(
-                *(reader, padded(side, pad), 5, 7),
+                *(reader, batch, 5, 7),
                 **dict(cache=cache, pos=pos, unit=unit, attention_mask=told),
             )
             check_alone(result, reader, unit, pos)

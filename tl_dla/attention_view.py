@@ -70,15 +70,15 @@ class AttentionView:
         """A div of that id with its data, which `drawAttention()` draws."""
         names = "headLabels" if self.style == "patterns" else "attentionHeadNames"
         rounded = (self.attention.detach().cpu().double() * 1e4).round() / 1e4
-        data = {
-            "name": name,
-            "element": _ELEMENTS[self.style],
-            "props": {
-                "tokens": list(self.tokens),
-                "attention": rounded.tolist(),
-                names: list(self.labels),
-            },
+        tokens = [token.replace("\n", "↵").replace("\t", "⇥") for token in self.tokens]
+        props = {
+            # AttentionPatterns sets its tokens as HTML, AttentionHeads draws theirs.
+            "tokens": [escape(t) for t in tokens] if self.style == "patterns" else tokens,
+            "attention": rounded.tolist(),
+            names: list(self.labels),
+            "maskUpperTri": not bool(self.attention.triu(1).any()),  # of models that look ahead
         }
+        data = {"name": name, "element": _ELEMENTS[self.style], "props": props}
         return (
             f'<div class="attention" id="{escape(name)}"></div>\n<script type="application/json"'
             f' class="attention-data">{embedded.as_json(data)}</script>'

@@ -152,7 +152,8 @@ def _head(head: "HeadPattern", prompt: int) -> str:
     return (
         f'<div class="head"><h3>{head.label} <span class="value">{mean}{number(value)}</span>'
         f' <span class="soft">pattern: {head.kind}{named}</span></h3>'
-        f'<p class="prompt">{_coloured(reads)}</p><table class="plain">{names}{lines}</table></div>'
+        f'<p class="prompt">{_coloured(reads)}</p><div class="scroll"><table class="plain">'
+        f"{names}{lines}</table></div></div>"
     )
 
 

@@ -48,8 +48,8 @@ def add_pictures(notebook: nbformat.NotebookNode) -> None:
             height = figure["layout"].get("height", 450)
             width = figure["layout"].get("width") or WIDTH
             figure["layout"] |= {"width": width, "height": height}
-            draw = "Plotly.newPlot('f', figure, {displayModeBar: false})"
-            script = f"const figure = {json.dumps(figure)}; {draw}.then(() => window.drawn = true)"
+            figure["config"] = {"displayModeBar": False}
+            script = f"Plotly.newPlot('f', {json.dumps(figure)}).then(() => window.drawn = true)"
             page.write_text(
                 '<meta charset="utf-8"><body style="margin:0"><div id="f"></div>'
                 f"<script>{get_plotlyjs()}</script><script>{script}</script>"
