@@ -97,6 +97,17 @@ def test_the_heads_of_each_layer_are_certified_against_its_output():
 # ---- it fails ----------------------------------------------------------------------------------
 
 
+def change_rows(monkeypatch, rows, change):
+    """Every row becomes `change(row)`; without one, it is left out."""
+
+    def changed(*args, **options):
+        found = rows(*args, **options)
+        kept = [new for row in found.rows if (new := change(row))]
+        return dataclasses.replace(found, blocks=kept)
+
+    monkeypatch.setattr(Plan, "rows", changed)
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_that_is_left_out_is_missed(name, dtype, monkeypatch):
@@ -104,14 +115,7 @@ def test_a_row_that_is_left_out_is_missed(name, dtype, monkeypatch):
     whole, rows = attribute(model), Plan.rows
     caught = []
     for left_out in whole.labels:
-
-        def without(self, *args, left_out=left_out):
-            kept = rows(self, *args)
-            return dataclasses.replace(
-                kept, rows=[row for row in kept.rows if row.label != left_out]
-            )
-
-        monkeypatch.setattr(Plan, "rows", without)
+        change_rows(monkeypatch, rows, lambda row, left_out=left_out: row.label != left_out and row)
         excess = whole[left_out].abs() - whole.reconstruction.tolerance
         if excess.max() > whole.reconstruction.max_error:
             with pytest.raises(ReconstructionError, match="The rows add up to"):
@@ -192,21 +196,14 @@ def test_numbers_that_are_none_never_pass(value, unit):
 
 @pytest.mark.parametrize("name", either("gpt2", "ln"))
 def test_the_message_says_how_much_where_and_why(name, monkeypatch):
-    rows = Plan.rows
-
-    def without(self, *args):
-        kept = rows(self, *args)
-        changed = [
-            dataclasses.replace(row, value=row.value * (torch.arange(11) != 4)[:, None])
-            if row.label == "1_mlp_out"
-            else row
-            for row in kept.rows
-        ]
-        return dataclasses.replace(kept, rows=changed)
+    def spoil(row):
+        elsewhere = (torch.arange(11) != 4)[:, None]
+        value = row.value * elsewhere if row.label == "1_mlp_out" else row.value
+        return dataclasses.replace(row, value=value)
 
     model = load(name)
     whole = attribute(model)["1_mlp_out"][:, 4]
-    monkeypatch.setattr(Plan, "rows", without)
+    change_rows(monkeypatch, Plan.rows, spoil)
     with pytest.raises(ValueError) as error:
         attribute(model)
     message = str(error.value)

@@ -24,7 +24,9 @@ OTHERS = either(
     "gemma2", "gemma3", "olmo2", "glm4", "granite", "cohere", "sandwich", "post_norm_ln"
 )
 OTHERS += either("softcap", "final_rms", "post_embedding_ln", "shortformer")
-OTHERS += [pytest.param(name, marks=of_4) for name in ("gemma4_scalar", "falcon_mamba")]
+# The whole stream rescaled, no attention, outputs rescaled before they are added.
+OF_4 = ["gemma4_scalar", "falcon_mamba", "falcon_h1"]
+OTHERS += [pytest.param(name, marks=of_4) for name in OF_4]
 # Its stream passes through norms, and TransformerLens cannot cache all of it.
 NORMED = [pytest.param("opt_350m", marks=of_4)]
 UNITS_OF = {"falcon_mamba": ["component", "layer"]}

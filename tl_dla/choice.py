@@ -21,13 +21,15 @@ def require_unit(unit: str) -> None:
 class Choice:
     """Which rows are split: the layers, the heads (`L9H9`), how many neurons; None for all.
 
-    `neurons` names neurons (`L3N7`) that are wanted alone, without the others and a certificate.
+    `neurons` names the neurons (`L3N7`) that have a row of their own, in place of the largest ones;
+    `alone` leaves out the others, and the certificate with them.
     """
 
     layers: tuple[int, ...] | None = None
     heads: tuple[str, ...] | None = None
     top_neurons: int | None = None
     neurons: tuple[str, ...] | None = None
+    alone: bool = False
 
     def has_layer(self, layer: int) -> bool:
         """Whether rows of the layer are split."""

@@ -133,11 +133,11 @@ def _unit(result: DirectLogitAttribution, label: str) -> tuple[Unit, bool, Choic
         return "source", True, Choice(heads=(label.partition("←")[0],))
     if kind in ("neuron", "expert"):
         neurons = (label,) if kind == "neuron" else ()
-        return "neuron", True, Choice(layers, neurons=neurons)
+        return "neuron", True, Choice(layers, neurons=neurons, alone=True)
     if kind == "head" or label.endswith("_attn_bias"):
         return "head", True, Choice(layers)
     if label.endswith("_bias"):
-        return "neuron", True, Choice(layers, neurons=())
+        return "neuron", True, Choice(layers, neurons=(), alone=True)
     return ("layer" if result.unit == "layer" else "component"), True, Choice()
 
 

@@ -136,7 +136,8 @@ class Plan:
         if self.choice.neurons is not None:
             prefix = f"L{layer}N"
             mine = [n for n in self.choice.neurons if n.startswith(prefix)]
-            neurons.keep, neurons.alone = [int(n.removeprefix(prefix)) for n in mine], True
+            neurons.keep = [int(n.removeprefix(prefix)) for n in mine]
+            neurons.alone = self.choice.alone
         return neurons
 
     def _attention(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
