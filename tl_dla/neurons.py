@@ -54,8 +54,7 @@ class Neurons(Refinement):
         rows: list[Row | Block] = [Block(labels, "neuron", layer, values.movedim(-1, 0))]
         if self.alone:
             return Split(rows, bias, [])
-        z = seen.values[f"neurons {self.label}"]
-        neurons = self.output.through_linear(self.part.W_out)
+        z, neurons = seen.values[f"neurons {self.label}"], self.neurons
         total = seen.scaled(neurons.contract(z), neurons)
         gross = seen.scaled(Readout(neurons.direction.abs()).contract(z.abs()), neurons)
         refined = self.certificate(seen, "the neurons", whole, total, gross, bias)
