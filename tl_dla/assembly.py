@@ -52,10 +52,10 @@ def finish(
         return shaped(tokens @ weights.mT, targets, positions)
 
     def explained(
-        size: Float[Tensor, "batch pos token"],
-        final: Float[Tensor, "batch pos token"],
-        values: Float[Tensor, "batch pos token"],
-        gross: Float[Tensor, "batch pos token"],
+        size: Float[Tensor, "*part batch pos token"],
+        final: Float[Tensor, "*part batch pos token"],
+        values: Float[Tensor, "*part batch pos token"],
+        gross: Float[Tensor, "*part batch pos token"],
     ) -> Float[Tensor, "..."]:
         scale, d = ratio.abs(), plan.logit.direction.shape[-1]
         gross = (gross * scale).sum(-1)
@@ -70,20 +70,23 @@ def finish(
     ends = [label == end or kind == "bias" for label, kind in zip(labels, kinds, strict=True)]
     kept = torch.tensor([i for i, end in enumerate(ends) if end or plan.unit != "layer"])
     kept = kept.to(stacked.device)
+    parts = {}
+    if rows.refined:
+        fields = ("value", "parts", "gross", "magnitude")
+        value, total, gross, size = (
+            torch.stack([getattr(part, name) for part in rows.refined]) for name in fields
+        )
+        tolerance = explained(2 * size, size, torch.zeros_like(size), gross)
+        certified = zip(added(value * ratio), added(total * ratio), tolerance, strict=True)
+        for part, (want, got, miss) in zip(rows.refined, certified, strict=True):
+            name = f"{part.parts_are} of {part.label}"
+            parts[name] = Reconstruction(want, got, miss, f"row {part.label}")
     reconstruction = Reconstruction(
         added(expected),
         attribution[kept].sum(0),
         explained(rows.magnitude, rows.final, rounded, stacked[kept].abs().sum(0)),
         against,
-        {
-            f"{part.parts_are} of {part.label}": Reconstruction(
-                added(part.value * ratio),
-                added(part.parts * ratio),
-                explained(2 * part.magnitude, part.magnitude, part.value * 0, part.gross),
-                f"row {part.label}",
-            )
-            for part in rows.refined
-        },
+        parts,
     )
     return DirectLogitAttribution(
         attribution=attribution,

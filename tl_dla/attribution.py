@@ -7,7 +7,7 @@ rows that no component writes: `ln_final.b` = β · u and `b_U`. In logits. A ro
 wrote *directly*: nothing about what later parts made of it, nor what removing it would do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from tl_dla.choice import Choice, Unit, read_choice, require_unit
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.model import ModelReader, compute_dtype, is_bridge
 from tl_dla.model import output_transform as output_transform
-from tl_dla.recording import Probe, Recording, cache_shape, recall, run
+from tl_dla.recording import Probe, Recording, cache_shape, in_parts, recall, run
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import (
     Answers,
@@ -132,18 +132,28 @@ def direct_logit_attribution(
     )
     if cache is None:
         require_eval(model)
+    parts = [slice(None)] if cache is not None else in_parts(model, positions)
 
-    def read(probes: Sequence[Probe], targets: Targets | None = None) -> Recording:
-        if cache is None:
-            return run(model, prompts, positions, probes, targets)
-        start = prompts.start if bool(prompts.start.any()) else None
-        return recall(reader, cache, start, positions, probes)
+    def read(probes_of: Callable[[slice], Sequence[Probe]], of: Targets | None) -> Recording:
+        if cache is not None:
+            start = prompts.start if bool(prompts.start.any()) else None
+            return recall(reader, cache, start, positions, probes_of(slice(None)))
+        seen = []
+        for rows in parts:
+            some, at = prompts.part(rows), positions.part(rows)
+            seen.append(run(model, some, at, probes_of(rows), of and of.part(rows)))
+        return Recording.joined(seen)
 
     mean = None
     if targets.mean_of_vocab and not is_linear(model):
-        mean = capped_mean(reader, read)
-    plan = make_plan(reader, targets, unit, include_bias, choice, mean)
-    seen = read(plan.probes, targets)
+        mean = capped_mean(reader, lambda probes: read(lambda _: probes, None))
+
+    def plan_of(rows: slice) -> Plan:
+        of_mean = None if mean is None else (mean[0][rows], mean[1][rows])
+        return make_plan(reader, targets.part(rows), unit, include_bias, choice, of_mean)
+
+    plan = plan_of(slice(None))
+    seen = read(lambda rows: (plan if len(parts) == 1 else plan_of(rows)).probes, targets)
     return assemble(
         plan, seen, prompts, positions, targets, check=check, from_cache=cache is not None
     )

@@ -75,8 +75,10 @@ class Readout:
         """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""
         weight = weight.to(self.direction)
         *place, d = weight.shape
-        direction = self.direction @ weight.reshape(-1, d).mT
-        return replace(self, direction=direction.unflatten(-1, place))
+        lead = self.direction.shape[:-1]
+        # The weight first: reading it is most of the work where few tokens are attributed.
+        direction = (weight.reshape(-1, d) @ self.direction.reshape(-1, d).mT).mT
+        return replace(self, direction=direction.contiguous().reshape(*lead, *place))
 
     def of_bias(self, bias: Float[Tensor, " d"]) -> Float[Tensor, "..."]:
         """What a constant at this place writes, before the division by the scales."""
@@ -92,17 +94,13 @@ class Readout:
         """
         x = activation.to(compute_dtype(activation.dtype))
         w = self.direction.to(x)
-        inner = "h" if x.ndim == 4 else ""
-        if w.shape[1] > 1:  # a direction of its own for every position
-            return torch.einsum(f"bp{inner}d,bpt{inner}d->bpt{inner}", x, w)
-        if not inner:
+        if w.shape[1] == 1 and x.ndim == 3:  # one direction for every position
             return x @ w[:, 0].mT
-        # One product over all heads at once, each head's direction in its own block: z is read as
-        # it lies, never transposed.
-        heads = w.shape[3]
-        blocks = torch.eye(heads, dtype=w.dtype, device=w.device)
-        blocks = torch.einsum("bthd,hg->bhdtg", w[:, 0], blocks).flatten(3).flatten(1, 2)
-        return (x.flatten(2) @ blocks).unflatten(2, (-1, heads))
+        if w.shape[2] <= 4:  # few tokens: reads z as it lies, where einsum transposes it first
+            return torch.linalg.vecdot(x[:, :, None], w)
+        inner = "h" if x.ndim == 4 else ""
+        w, p = (w, "p") if w.shape[1] > 1 else (w[:, 0], "")
+        return torch.einsum(f"bp{inner}d,b{p}t{inner}d->bpt{inner}", x, w)
 
     def frozen(self, scales: Mapping[str, Float[Tensor, "batch pos"]]) -> "Readout":
         """The same readout once the scales are known."""

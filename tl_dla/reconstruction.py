@@ -120,14 +120,14 @@ class Reconstruction:
 
 
 def rounding(
-    magnitude: Float[Tensor, "batch pos token"],
-    final: Float[Tensor, "batch pos token"],
-    logits: Float[Tensor, "batch pos token"],
-    rows: Float[Tensor, "batch pos"],
+    magnitude: Float[Tensor, "*part batch pos token"],
+    final: Float[Tensor, "*part batch pos token"],
+    logits: Float[Tensor, "*part batch pos token"],
+    rows: Float[Tensor, "*part batch pos"],
     weights: Float[Tensor, "candidate token"],
     eps: float,
     d: int,
-) -> Float[Tensor, "batch pos candidate"]:
+) -> Float[Tensor, "*part batch pos candidate"]:
     """What rounding can explain, by the derivation in this module's docstring.
 
     Args:

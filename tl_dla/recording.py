@@ -6,7 +6,7 @@ and unembeds only the positions asked for.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from torch import Tensor
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.model import ModelReader, Site
 from tl_dla.tokens import Positions, Prompts, Targets
+
+_LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,25 @@ class Recording:
     raw: Float[Tensor, "batch pos token"] | None = None
     logits: Float[Tensor, "batch pos token"] | None = None
     eps: float = 0.0
+
+    @staticmethod
+    def joined(parts: Sequence["Recording"]) -> "Recording":
+        """What was seen of some prompts and of others, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in first.values}
+        if first.raw is None:
+            return Recording(values)
+        raw, logits = (torch.cat([getattr(p, name) for p in parts]) for name in ("raw", "logits"))
+        return Recording(values, raw, logits, first.eps)
+
+
+def in_parts(model: Any, positions: Positions) -> list[slice]:
+    """The prompts in slices whose logits at the attributed positions can be held at once."""
+    batch, pos = positions.index.shape
+    step = max(1, _LOGITS_AT_ONCE // (pos * model.cfg.d_vocab))
+    return [slice(start, start + step) for start in range(0, batch, step)]
 
 
 def run(
@@ -156,7 +177,8 @@ def recall(
         IncompleteCacheError: naming the hooks that the cache lacks.
     """
     batch, pos = positions.index.shape[0], cache_shape(cache)[1]
-    by_site, names = _by_site(probes), _names_in_cache(reader, cache)
+    by_site = _by_site(probes)
+    names = _names_in_cache(reader, cache, by_site)
     missing = [name for name in by_site if name not in names]
     if missing:
         listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" * (len(missing) > 6))
@@ -248,9 +270,12 @@ def _batched(x: Tensor, batch: int, pos: int) -> Tensor:
     return x[None] if x.ndim == 2 and x.shape[0] == pos else x
 
 
-def _names_in_cache(reader: ModelReader, cache: Any) -> dict[str, str]:
+def _names_in_cache(reader: ModelReader, cache: Any, wanted: Collection[str]) -> dict[str, str]:
     """Each hook's own name, to the name or alias under which the cache holds it."""
-    names = {name: name for name in cache.cache_dict}
-    for alias in names.keys() & reader.hooks.keys():
+    held = cache.cache_dict
+    names = {name: name for name in wanted if name in held}
+    if len(names) == len(wanted):
+        return names
+    for alias in held.keys() & reader.hooks.keys():
         names.setdefault(reader.hooks[alias].name, alias)
     return names

@@ -123,9 +123,9 @@ class Seen:
     ) -> Float[Tensor, "batch pos token *inner"]:
         """Divided by the readout's scales, and as large as every row."""
         x = x.to(self.device)
-        scale = readout.frozen(self.scales).scale
-        if scale is not None:
-            x = x / scale.to(x.device).reshape(*scale.shape, *[1] * (x.ndim - 2))
+        for norm in readout.norms:
+            scale = self.scales[norm.name].to(x)
+            x = x / scale.reshape(*scale.shape, *[1] * (x.ndim - 2))
         return x.expand(*self.shape, *x.shape[3:])
 
 

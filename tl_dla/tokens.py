@@ -7,7 +7,7 @@ cannot see the padding, so each prompt gives what it gives alone.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +24,20 @@ Answers = str | int | Sequence[Any] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Tokens `[batch, pos]` as laid out, and for each prompt where its real tokens are."""
+    """Tokens `[batch, pos]` as laid out, and for each prompt where its real tokens are.
+
+    `width` is how wide the model sees them, where that is more than the longest.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     start: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"]
+    width: int | None = None
 
     @property
     def packed(self) -> Int[Tensor, "batch pos"]:
         """The real tokens first, padding after them: what the model is run on."""
-        longest = int(self.length.max())
+        longest = self.width or int(self.length.max())
         if not bool(self.start.any()):
             return self.tokens[:, :longest]
         index = torch.arange(longest, device=self.tokens.device)
@@ -41,9 +45,10 @@ class Prompts:
         return self.tokens.gather(1, index)
 
     def part(self, rows: slice) -> "Prompts":
-        """Some of the prompts."""
-        width = int((self.start + self.length)[rows].max())
-        return Prompts(self.tokens[rows, :width], self.start[rows], self.length[rows])
+        """Some of the prompts, as wide as all of them."""
+        tokens = self.packed
+        start = torch.zeros_like(self.start)
+        return Prompts(tokens[rows], start[rows], self.length[rows], tokens.shape[1])
 
 
 def read_prompts(
@@ -239,11 +244,7 @@ class Positions:
 
     def part(self, rows: slice) -> "Positions":
         """The positions of some of the prompts."""
-        index, valid = self.index[rows], self.valid[rows]
-        if self.every:
-            kept = int(valid.sum(-1).max())
-            index, valid = index[:, :kept], valid[:, :kept]
-        return Positions(index, valid, self.single, self.every, self.shared)
+        return replace(self, index=self.index[rows], valid=self.valid[rows])
 
 
 def read_positions(pos: Any, prompts: Prompts) -> Positions:
@@ -318,8 +319,7 @@ class Targets:
 
     def part(self, rows: slice) -> "Targets":
         """The targets of some of the prompts."""
-        ids = self.ids if self.ids.shape[0] == 1 else self.ids[rows]
-        return Targets(ids, self.weights, self.candidates, self.mean_of_vocab)
+        return self if self.ids.shape[0] == 1 else replace(self, ids=self.ids[rows])
 
 
 def read_targets(
