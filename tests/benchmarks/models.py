@@ -9,34 +9,44 @@ import torch
 import transformers
 from transformers.utils import logging
 
+MODELS = ("gpt2-size", "smollm2")
+
 logging.disable_progress_bar()
 
 
 def boot(name: str) -> Any:
     """A folded `TransformerBridge`, which both tools can read."""
+    if name == "gpt2-size":
+        return random_gpt2()
+    from tl_dla import load_model
+
+    return _folded(load_model(name))
+
+
+def random_gpt2(**sizes: int) -> Any:
+    """GPT-2 with random weights, of GPT-2 small's size unless told otherwise."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    if name == "smollm2":
-        from tl_dla import load_model
+    folder = str(_saved(sizes))
+    return _folded(TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32))
 
-        model = load_model("smollm2")
-    else:
-        model = TransformerBridge.boot_transformers(
-            str(_gpt2_size()), device="cpu", dtype=torch.float32
-        )
+
+def _folded(model: Any) -> Any:
     model.enable_compatibility_mode(disable_warnings=True)
     return model.eval()
 
 
-def _gpt2_size() -> Path:
-    """GPT-2 small with random weights, and a tokenizer that nothing uses but its loader."""
-    folder = Path(tempfile.gettempdir()) / f"tl_dla-benchmark-{os.getuid()}"
+def _saved(sizes: dict[str, int]) -> Path:
+    """The model as files, with a tokenizer that nothing uses but the loader."""
+    name = "-".join(["tl_dla-benchmark", *(f"{key}{n}" for key, n in sizes.items())])
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     if (folder / "done").exists():
         return folder
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config())
+    config = transformers.GPT2Config(n_positions=1024, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))

@@ -1,0 +1,67 @@
+"""Peak memory of a process that does one thing, in MB above what the loaded model takes.
+
+python -m tests.benchmarks.memory --tool ours --unit head --pos all
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.models import MODELS, boot
+from tests.benchmarks.timing import inputs, ours, theirs
+
+TOOLS = ("forward", "ours", "theirs")
+
+
+def above_forward(
+    model: str, tool: str, unit: str, pos: str, batch: int, tokens: int
+) -> float | None:
+    """Peak memory of a tool above that of a plain forward pass, each in a process of its own."""
+    peaks = [_peak(model, name, unit, pos, batch, tokens) for name in (tool, "forward")]
+    return None if None in peaks else peaks[0] - peaks[1]
+
+
+def _peak(model: str, tool: str, unit: str, pos: str, batch: int, tokens: int) -> float | None:
+    options = dict(model=model, tool=tool, unit=unit, pos=pos, batch=batch, tokens=tokens)
+    command = [sys.executable, "-m", "tests.benchmarks.memory"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(printed[-1]) if printed else None
+
+
+def _high_water_mark() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
+
+def main() -> None:
+    """Prints the peak; nothing where the system does not tell (it is Linux that does)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="gpt2-size", choices=MODELS)
+    parser.add_argument("--tool", default="ours", choices=TOOLS)
+    parser.add_argument("--unit", default="head")
+    parser.add_argument("--pos", default="all", choices=["all", "last"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    args = parser.parse_args()
+    model = boot(args.model)
+    data, pos = inputs(model, args.batch, args.tokens), None if args.pos == "all" else -1
+    reset = Path("/proc/self/clear_refs")  # forgets the peak of loading the model
+    if not reset.exists():
+        return
+    with torch.no_grad():
+        model(data["tokens"][:1, :8])  # what the first pass loads is not a tool's
+        reset.write_text("5")
+        before = _high_water_mark()
+        if args.tool == "forward":
+            model(data["tokens"])
+        else:
+            {"ours": ours, "theirs": theirs}[args.tool](model, data, args.unit, pos)
+    print(_high_water_mark() - before)
+
+
+if __name__ == "__main__":
+    main()
