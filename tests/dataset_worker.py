@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from tl_dla.dataset import attribute_dataset
-from tl_dla.examples import read_examples
+from tl_dla.data.dataset import attribute_dataset
+from tl_dla.data.examples import read_examples
 from tl_dla.loading import load_model
 
 

@@ -17,8 +17,8 @@ from tl_dla import (
     required_hooks,
     top_heads_with_patterns,
 )
-from tl_dla.attention_view import AttentionView
 from tl_dla.errors import ArgumentError
+from tl_dla.figures.attention_view import AttentionView
 
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
 of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="booted with TransformerLens 4")

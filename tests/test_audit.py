@@ -31,9 +31,9 @@ from tl_dla import (
     load_model,
     required_hooks,
 )
-from tl_dla.audit import audit
+from tl_dla.effects.audit import audit
+from tl_dla.effects.flags import FLAGS
 from tl_dla.errors import ArgumentError
-from tl_dla.flags import FLAGS
 from tl_dla.ioi import classic_prompts
 
 

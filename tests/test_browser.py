@@ -11,9 +11,10 @@ import pytest
 
 from tests.browser import CHROMIUM, Browser
 from tests.pages import NASTY, PROMPTS, bridge
-from tl_dla import charts, direct_logit_attribution, plots
+from tl_dla import direct_logit_attribution, plots
 from tl_dla.attention import top_heads_with_patterns
-from tl_dla.attention_view import AttentionView
+from tl_dla.figures import charts
+from tl_dla.figures.attention_view import AttentionView
 from tl_dla.lens import logit_lens
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome installed")

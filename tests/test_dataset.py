@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import tl_dla.dataset
+import tl_dla.data.dataset
 from tests.zoo.build import boot, build, hf_reference
 from tests.zoo.reference import reference
-from tl_dla.dataset import attribute_dataset, summarize
+from tl_dla.data.dataset import attribute_dataset, summarize
+from tl_dla.data.examples import WINDOW, read_examples
+from tl_dla.data.shards import OutputFolderError, model_digest, read_shard
 from tl_dla.errors import ArgumentError, ReconstructionError, TokenError
-from tl_dla.examples import WINDOW, read_examples
-from tl_dla.shards import OutputFolderError, model_digest, read_shard
 
 BATCH = 4
 
@@ -73,13 +73,13 @@ def contents(folder):
 def counted(monkeypatch):
     """The batch sizes of the passes made from here on."""
     passes = []
-    attribute = tl_dla.dataset.direct_logit_attribution
+    attribute = tl_dla.data.dataset.direct_logit_attribution
 
     def counting(model, tokens, *args, **options):
         passes.append(len(tokens))
         return attribute(model, tokens, *args, **options)
 
-    monkeypatch.setattr(tl_dla.dataset, "direct_logit_attribution", counting)
+    monkeypatch.setattr(tl_dla.data.dataset, "direct_logit_attribution", counting)
     return passes
 
 
@@ -297,7 +297,7 @@ def test_no_good_example_is_an_error(model):
 
 def test_an_example_whose_rows_miss_the_logit_is_left_out(model, monkeypatch, tmp_path):
     """The certificate of every prompt that ends in token 50 is made to fail."""
-    original = tl_dla.dataset.direct_logit_attribution
+    original = tl_dla.data.dataset.direct_logit_attribution
 
     def attribute(model, tokens, *args, attention_mask, **options):
         result = original(model, tokens, *args, attention_mask=attention_mask, **options)
@@ -305,7 +305,7 @@ def test_an_example_whose_rows_miss_the_logit_is_left_out(model, monkeypatch, tm
         result.reconstruction.reconstructed[last == 50] += 0.5
         return result
 
-    monkeypatch.setattr(tl_dla.dataset, "direct_logit_attribution", attribute)
+    monkeypatch.setattr(tl_dla.data.dataset, "direct_logit_attribution", attribute)
     examples = make(30)
     for i, example in enumerate(examples):
         example["prompt"][-1] = 50 if i in (5, 17) else 51
@@ -381,7 +381,7 @@ def test_processes_share_the_batches_and_nothing_is_lost_or_doubled(model, tmp_p
         "accelerate.utils.gather_object", lambda own: tallies.extend(own) or tallies
     )
     for process in range(3):  # the last one sees the sums of all
-        monkeypatch.setattr(tl_dla.dataset, "_join", lambda _, process=process: (process, 3))
+        monkeypatch.setattr(tl_dla.data.dataset, "_join", lambda _, process=process: (process, 3))
         result = run(model, spoiled(100), tmp_path / "three")
     assert contents(tmp_path / "three" / "rows") == contents(tmp_path / "one" / "rows")
     assert result.n == expected.n and torch.equal(result.rows.std, expected.rows.std)

@@ -24,8 +24,8 @@ from tl_dla import (
     direct_logit_attribution,
     erasures,
 )
-from tl_dla.audit import audit
-from tl_dla.recomputed import written
+from tl_dla.effects.audit import audit
+from tl_dla.effects.recomputed import written
 
 
 def with_an_eraser():

@@ -29,7 +29,7 @@ from tl_dla import (
     direct_logit_attribution,
     self_repair,
 )
-from tl_dla.audit import audit
+from tl_dla.effects.audit import audit
 
 
 @pytest.mark.parametrize("name", NAMES)

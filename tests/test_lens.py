@@ -215,7 +215,7 @@ def test_equal_logits_share_a_rank_and_tokens_ruled_out_do_no_harm(llama):
     unembed.W_U = torch.tensor([[3.0, 1.0, 3.0, 2.0, 1.0]])
     unembed.b_U = torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf])
     unembed.d_vocab = 5
-    from tl_dla.tokens import Targets
+    from tl_dla.targets import Targets
 
     targets = Targets(torch.tensor([[[0, 2, 3, 1, 4]]]), torch.eye(5))
     read = read_vocabulary(unembed, [torch.ones(1, 1, 1)], targets, top_k=5)

@@ -7,8 +7,8 @@ import torch
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
 from tl_dla import charts, direct_logit_attribution, plots
 from tl_dla.errors import ArgumentError
+from tl_dla.figures.view import fold
 from tl_dla.lens import logit_lens
-from tl_dla.view import fold
 
 ANSWERS, INCORRECT = ["mat", "on", "sat"], ["cat", "dog", "the"]
 UNITS = ("component", "head", "layer")

@@ -13,9 +13,9 @@ import torch
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
 from tl_dla import direct_logit_attribution, embedded
 from tl_dla.attention import top_heads_with_patterns
-from tl_dla.attention_view import AttentionView
-from tl_dla.charts import number
 from tl_dla.errors import ArgumentError
+from tl_dla.figures.attention_view import AttentionView
+from tl_dla.figures.charts import number
 from tl_dla.report import of_unit
 
 LIMIT = 8_000_000  # bytes

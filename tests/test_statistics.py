@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tl_dla.statistics import RowStatistics, Sums, student_t
+from tl_dla.data.statistics import RowStatistics, Sums, student_t
 
 LABELS = ["a", "b", "c"]
 

@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from tl_dla.attention import HeadPattern as HeadPattern
     from tl_dla.attention import top_heads_with_patterns as top_heads_with_patterns
     from tl_dla.attribution import direct_logit_attribution as direct_logit_attribution
-    from tl_dla.audit import Audit as Audit
     from tl_dla.checking import check_model as check_model
-    from tl_dla.dataset import attribute_dataset as attribute_dataset
-    from tl_dla.dataset import summarize as summarize
+    from tl_dla.data.dataset import attribute_dataset as attribute_dataset
+    from tl_dla.data.dataset import summarize as summarize
+    from tl_dla.data.summary import DatasetAttribution as DatasetAttribution
+    from tl_dla.effects.audit import Audit as Audit
+    from tl_dla.effects.erasure import Erasures as Erasures
+    from tl_dla.effects.erasure import erasures as erasures
+    from tl_dla.effects.interventions import ablate as ablate
+    from tl_dla.effects.recomputed import direct_effect_recomputed as direct_effect_recomputed
+    from tl_dla.effects.repair import SelfRepair as SelfRepair
+    from tl_dla.effects.repair import self_repair as self_repair
+    from tl_dla.effects.suppression import copy_suppression as copy_suppression
     from tl_dla.embedding_map import TokenMap as TokenMap
     from tl_dla.embedding_map import token_map as token_map
-    from tl_dla.erasure import Erasures as Erasures
-    from tl_dla.erasure import erasures as erasures
     from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
     from tl_dla.errors import ReconstructionError as ReconstructionError
     from tl_dla.errors import TlDlaError as TlDlaError
@@ -28,22 +34,16 @@ if TYPE_CHECKING:
     from tl_dla.errors import UnsupportedModelError as UnsupportedModelError
     from tl_dla.geometry import UnembeddingPCA as UnembeddingPCA
     from tl_dla.geometry import unembedding_pca as unembedding_pca
-    from tl_dla.interventions import ablate as ablate
     from tl_dla.lens import LogitLens as LogitLens
     from tl_dla.lens import logit_lens as logit_lens
     from tl_dla.loading import load_model as load_model
     from tl_dla.paths import attribute_path as attribute_path
     from tl_dla.promotion import PromotedTokens as PromotedTokens
     from tl_dla.readout import Readout as Readout
-    from tl_dla.recomputed import direct_effect_recomputed as direct_effect_recomputed
     from tl_dla.reconstruction import Reconstruction as Reconstruction
-    from tl_dla.repair import SelfRepair as SelfRepair
-    from tl_dla.repair import self_repair as self_repair
     from tl_dla.residual import ResidualStack as ResidualStack
     from tl_dla.residual import decompose as decompose
     from tl_dla.result import DirectLogitAttribution as DirectLogitAttribution
-    from tl_dla.summary import DatasetAttribution as DatasetAttribution
-    from tl_dla.suppression import copy_suppression as copy_suppression
     from tl_dla.units import required_hooks as required_hooks
 
 _MODULES = {
@@ -52,14 +52,14 @@ _MODULES = {
     "HeadPattern": "attention",
     "top_heads_with_patterns": "attention",
     "direct_logit_attribution": "attribution",
-    "Audit": "audit",
+    "Audit": "effects.audit",
     "check_model": "checking",
-    "attribute_dataset": "dataset",
-    "summarize": "dataset",
+    "attribute_dataset": "data.dataset",
+    "summarize": "data.dataset",
     "TokenMap": "embedding_map",
     "token_map": "embedding_map",
-    "Erasures": "erasure",
-    "erasures": "erasure",
+    "Erasures": "effects.erasure",
+    "erasures": "effects.erasure",
     "IncompleteCacheError": "errors",
     "ReconstructionError": "errors",
     "TlDlaError": "errors",
@@ -67,22 +67,22 @@ _MODULES = {
     "UnsupportedModelError": "errors",
     "UnembeddingPCA": "geometry",
     "unembedding_pca": "geometry",
-    "ablate": "interventions",
+    "ablate": "effects.interventions",
     "LogitLens": "lens",
     "logit_lens": "lens",
     "load_model": "loading",
     "attribute_path": "paths",
     "PromotedTokens": "promotion",
     "Readout": "readout",
-    "direct_effect_recomputed": "recomputed",
+    "direct_effect_recomputed": "effects.recomputed",
     "Reconstruction": "reconstruction",
-    "SelfRepair": "repair",
-    "self_repair": "repair",
+    "SelfRepair": "effects.repair",
+    "self_repair": "effects.repair",
     "ResidualStack": "residual",
     "decompose": "residual",
     "DirectLogitAttribution": "result",
-    "DatasetAttribution": "summary",
-    "copy_suppression": "suppression",
+    "DatasetAttribution": "data.summary",
+    "copy_suppression": "effects.suppression",
     "required_hooks": "units",
 }
 __all__ = list(_MODULES)

@@ -23,7 +23,8 @@ from tl_dla.model import Kind, ModelReader
 from tl_dla.reconstruction import Reconstruction
 from tl_dla.recording import run
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import Positions, Targets, read_prompts, token_ids, token_strings
+from tl_dla.targets import Targets, token_ids
+from tl_dla.tokens import Positions, read_prompts, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,8 @@ from tl_dla.reconstruction import Reconstruction, rounding
 from tl_dla.recording import Recording
 from tl_dla.refinement import Rows
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import Positions, Prompts, Targets
+from tl_dla.targets import Targets
+from tl_dla.tokens import Positions, Prompts
 from tl_dla.units import Plan
 
 OWN_LOGIT = "the model's own logit"

@@ -10,8 +10,8 @@ to the head's. The attention says where a head looks, the contribution what that
 token that is read the most may move nothing.
 
 The terms come from one more run of the result's prompts, which must give the rows of the result
-again. Kinds of pattern: `tl_dla.patterns`. Pictures: `tl_dla.attention_view`, whose script a page
-holds once.
+again. Kinds of pattern: `tl_dla.patterns`. Pictures: `tl_dla.figures.attention_view`, whose script
+a page holds once.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from tl_dla.tokens import Positions, token_strings
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tl_dla.attention_view import AttentionStyle, AttentionView
+    from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -155,7 +155,7 @@ class HeadPatterns(list[HeadPattern]):
 
     def show(self, view: "AttentionStyle" = "patterns", *, prompt: int = 0) -> "AttentionView":
         """All patterns on one prompt; see `HeadPattern.show`."""
-        from tl_dla.attention_view import AttentionView
+        from tl_dla.figures.attention_view import AttentionView
 
         if not self:
             raise ArgumentError("There is no head to show.")

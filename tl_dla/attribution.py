@@ -23,15 +23,8 @@ from tl_dla.model import ModelReader, compute_dtype, is_bridge
 from tl_dla.model import output_transform as output_transform
 from tl_dla.recording import Probe, Recording, cache_shape, in_parts, recall, run
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import (
-    Answers,
-    Positions,
-    Prompts,
-    Targets,
-    read_positions,
-    read_prompts,
-    read_targets,
-)
+from tl_dla.targets import Answers, Targets, read_targets
+from tl_dla.tokens import Positions, Prompts, read_positions, read_prompts
 from tl_dla.units import Plan
 
 _CAUSE = (

@@ -28,7 +28,8 @@ from tl_dla.paths import PathPlan
 from tl_dla.readout import Readout
 from tl_dla.recording import run
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import Positions, Prompts, Targets, token_ids, token_strings
+from tl_dla.targets import Targets, token_ids
+from tl_dla.tokens import Positions, Prompts, token_strings
 from tl_dla.units import Plan, is_rescaled_embedding
 
 if TYPE_CHECKING:

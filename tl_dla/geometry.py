@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_dla.attribution import unembedding
 from tl_dla.errors import ArgumentError
 from tl_dla.model import ModelReader
-from tl_dla.tokens import Targets, token_ids, token_strings
+from tl_dla.targets import Targets, token_ids
+from tl_dla.tokens import token_strings
 from tl_dla.units import Plan
 
 if TYPE_CHECKING:

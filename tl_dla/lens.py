@@ -34,16 +34,8 @@ from tl_dla.attribution import require_eval
 from tl_dla.errors import ArgumentError, ReconstructionError, UnsupportedModelError
 from tl_dla.model import ModelReader, Point
 from tl_dla.recording import Probe, run
-from tl_dla.tokens import (
-    Answers,
-    Positions,
-    Prompts,
-    Targets,
-    read_positions,
-    read_prompts,
-    read_targets,
-    token_strings,
-)
+from tl_dla.targets import Answers, Targets, read_targets
+from tl_dla.tokens import Positions, Prompts, read_positions, read_prompts, token_strings
 from tl_dla.vocabulary import Unembedding, read_vocabulary
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla import charts, theme
-from tl_dla.charts import number, safe
 from tl_dla.errors import ArgumentError
-from tl_dla.head_map import heads
-from tl_dla.trajectory import trajectory
-from tl_dla.view import View, bars, fold, headings, logit_name, read
+from tl_dla.figures import charts, theme
+from tl_dla.figures.charts import number, safe
+from tl_dla.figures.head_map import heads
+from tl_dla.figures.trajectory import trajectory
+from tl_dla.figures.view import View, bars, fold, headings, logit_name, read
 
 if TYPE_CHECKING:
     from tl_dla.lens import LogitLens

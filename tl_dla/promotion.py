@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.choice import Choice, Unit
+from tl_dla.effects.interventions import require_input
 from tl_dla.errors import ArgumentError
-from tl_dla.interventions import require_input
 from tl_dla.model import compute_dtype, output_transform
 from tl_dla.recording import run
 from tl_dla.result import DirectLogitAttribution

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.model import ModelReader, Site
-from tl_dla.tokens import Positions, Prompts, Targets
+from tl_dla.targets import Targets
+from tl_dla.tokens import Positions, Prompts
 
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
 

@@ -12,7 +12,8 @@ from tl_dla.model import Kind
 from tl_dla.readout import Readout
 from tl_dla.reconstruction import Reconstruction
 from tl_dla.recording import Recording
-from tl_dla.tokens import Positions, Prompts, Targets, token_strings
+from tl_dla.targets import Targets
+from tl_dla.tokens import Positions, Prompts, token_strings
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from tl_dla.audit import Audit
+    from tl_dla.effects.audit import Audit
     from tl_dla.promotion import PromotedTokens
     from tl_dla.units import Plan
 
@@ -294,8 +295,8 @@ class DirectLogitAttribution:
         return plots.plot(self, **options)
 
     def audit(self, k: int = 10, **options: Any) -> "Audit":
-        """The k largest rows beside what intervention says of them; see `tl_dla.audit`."""
-        from tl_dla.audit import audit
+        """The k largest rows beside what intervention says of them; see `tl_dla.effects.audit`."""
+        from tl_dla.effects.audit import audit
 
         return audit(self, k, **options)
 
@@ -307,7 +308,7 @@ class DirectLogitAttribution:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rows that matter as bars, and the certificate."""
-        from tl_dla.table import notebook_html
+        from tl_dla.figures.table import notebook_html
 
         return notebook_html(self)
 

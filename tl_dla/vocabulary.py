@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_dla.attribution import output_transform
 from tl_dla.errors import ArgumentError
 from tl_dla.model import Stream, compute_dtype
-from tl_dla.tokens import Targets
+from tl_dla.targets import Targets
 
 
 class Unembedding:

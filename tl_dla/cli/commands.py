@@ -67,8 +67,8 @@ def check(args: argparse.Namespace) -> Output:
 
 def dataset(args: argparse.Namespace) -> Output | None:
     """`tl-dla dataset`; of several processes (`torchrun -m tl_dla dataset …`) the first answers."""
-    from tl_dla.dataset import attribute_dataset, process_device
-    from tl_dla.examples import read_examples
+    from tl_dla.data.dataset import attribute_dataset, process_device
+    from tl_dla.data.examples import read_examples
 
     require_unit(args.unit)
     examples = read_examples(args.source, split=args.split)
@@ -86,7 +86,7 @@ def dataset(args: argparse.Namespace) -> Output | None:
 
 def summarize(args: argparse.Namespace) -> Output:
     """`tl-dla summarize`."""
-    from tl_dla.dataset import summarize
+    from tl_dla.data.dataset import summarize
 
     require_writable(args.out)
     return dataset_output(summarize(args.folder), args)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tl_dla.checking import ModelCheck
-    from tl_dla.summary import DatasetAttribution
+    from tl_dla.data.summary import DatasetAttribution
 
 _SHOWN = 12
 _FILE_WIDTH = 100

@@ -10,8 +10,8 @@ Each kind of text is the textbook case of one kind of circuit:
 - **Repetitions**, for induction (Olsson et al., 2022, arXiv 2209.11895): random words, then the
   same words again.
 
-A fixed tenth of the combinations of two names and a wording, and a fixed fifth of the combinations
-of a fact's subject and a wording, never occur in training: they are `held_out`.
+A fixed tenth of the combinations of two names and a wording, and one of the five wordings of each
+fact, never occur in training: they are `held_out`.
 """
 
 import random
@@ -125,7 +125,7 @@ QUESTIONS = {
     "capital": [
         "the capital of {X} is",
         "the capital city of {X} is",
-        "{X} has its capital in",
+        "the city where {X} has its capital is",
         "as everyone in {X} knows, the capital is",
         "the government of {X} sits in",
     ],
@@ -174,7 +174,7 @@ def indirect_object(rng: random.Random) -> Prompt:
         text=wording.format(A=first, B=second, S=subject, place=place, thing=thing),
         answer=answer,
         wrong=subject,
-        held_out=_one_in(10, *sorted([first, second]), wording),
+        held_out=_pick(10, *sorted([first, second]), wording) == 0,
     )
 
 
@@ -191,11 +191,11 @@ def facts() -> list[Prompt]:
             text=_capitalise(wording.format(X=subject)),
             answer=answer,
             wrong=_another(answer, list(answers.values())),
-            held_out=_one_in(5, subject, wording),
+            held_out=number == _pick(len(QUESTIONS[attribute]), attribute, subject),
         )
         for attribute, answers in attributes.items()
         for subject, answer in answers.items()
-        for wording in QUESTIONS[attribute]
+        for number, wording in enumerate(QUESTIONS[attribute])
     ]
 
 
@@ -226,9 +226,9 @@ def repetition(rng: random.Random, n_words: int) -> str:
     return half + half
 
 
-def _one_in(n: int, *combination: str) -> bool:
-    """One in `n` combinations, the same ones in every process and for every seed."""
-    return zlib.crc32("|".join(combination).encode()) % n == 0
+def _pick(n: int, *combination: str) -> int:
+    """A number below `n` for a combination, the same in every process and for every seed."""
+    return zlib.crc32("|".join(combination).encode()) % n
 
 
 def _another(answer: str, answers: list[str]) -> str:

@@ -7,8 +7,9 @@ It is a teaching model, so that which circuits it learns is not left to chance:
   the heads make of what they see, and all else, is learned from text alone. Without guidance models
   of this size solve the task too, but with heads that look at the subject, where the layer below
   has already left the other name.
-- At the last position of half of the indirect-object prompts the MLPs are muted, so that heads
-  learn to write the name themselves. Nothing is asked of the MLPs, and facts are what they do.
+- At the last position of most indirect-object prompts, the MLPs and the heads beside the name movers
+  are muted, so that name movers learn to write the name themselves. Nothing is asked of the MLPs,
+  and facts are what they do.
 - Positions begin as a Fourier basis, in which "the token before" is a rotation, and the unembedding
   begins as a copy of the embedding, which it then leaves: both help induction to be learned early.
 - Last, the names' frequencies are put where GPT-2 keeps such things, in the final norm's β, which
@@ -19,6 +20,7 @@ import argparse
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ PRIOR = 0.5
 NAME_MOVERS, INDUCTION_HEAD = [(2, 0), (3, 0)], (1, 0)  # (layer, head)
 GUIDANCE = 0.3
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 50, 0.03
-MUTED = 0.5
+MUTED = 0.75
 INIT_STD = 0.06  # wider than GPT-2's own 0.02: the model is narrower
 IGNORED = -100  # the label that transformers leaves out of the loss
 
@@ -108,7 +110,7 @@ class Row(NamedTuple):
     ids: list[int]
     labels: list[int]
     guides: list[tuple[int, int, int, int]]
-    muted: list[int]  # the positions at which MLPs write nothing
+    muted: list[int]  # the positions at which only name movers write, and what is below them
 
 
 def text_row(
@@ -159,7 +161,7 @@ class Batch(NamedTuple):
     ids: Int[Tensor, "batch pos"]
     labels: Int[Tensor, "batch pos"]
     guides: Int[Tensor, "guide 5"]
-    mlp_gate: Float[Tensor, "batch pos 1"]  # 0 where the MLPs are muted, 1 elsewhere
+    gate: Float[Tensor, "batch pos 1"]  # 0 where parts are muted, 1 elsewhere
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[Batch]:
@@ -179,14 +181,14 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[
             for index, row in enumerate(rows)
             for layer, head, query, key in row.guides
         ]
-        mlp_gate = torch.ones(n_rows, width, 1)
+        gate = torch.ones(n_rows, width, 1)
         for index, row in enumerate(rows):
-            mlp_gate[index, row.muted] = 0
+            gate[index, row.muted] = 0
         yield Batch(
             ids=torch.tensor([row.ids for row in rows]),
             labels=torch.tensor([row.labels for row in rows]),
             guides=torch.tensor(guides),
-            mlp_gate=mlp_gate,
+            gate=gate,
         )
 
 
@@ -196,8 +198,13 @@ def train(steps: int, seed: int) -> tuple[GPT2LMHeadModel, Any]:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     batch: Any = None
-    for block in model.transformer.h:
-        block.mlp.register_forward_hook(lambda mlp, inputs, written: written * batch.mlp_gate)
+    for layer, block in enumerate(model.transformer.h):
+        block.mlp.register_forward_hook(lambda mlp, inputs, written: written * batch.gate)
+        if movers := [head for at, head in NAME_MOVERS if at == layer]:
+            mute = partial(_mute_heads, beside=movers, n_heads=model.config.n_head)
+            block.attn.c_proj.register_forward_pre_hook(
+                lambda _, z, mute=mute: mute(*z, batch.gate)
+            )
     matrices: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim > 1]}
     vectors: dict[str, Any] = {
         "params": [p for p in model.parameters() if p.ndim == 1],
@@ -227,6 +234,18 @@ def train(steps: int, seed: int) -> tuple[GPT2LMHeadModel, Any]:
         bar.set_postfix(loss=f"{output.loss.item():.3f}", guided=f"{guided.mean().item():.2f}")
     add_name_prior(model, tokenizer)
     return model.eval(), tokenizer
+
+
+def _mute_heads(
+    z: Float[Tensor, "batch pos d_model"],
+    gate: Float[Tensor, "batch pos 1"],
+    beside: list[int],
+    n_heads: int,
+) -> Float[Tensor, "batch pos d_model"]:
+    """What W_O is given, with the heads that are not among these muted."""
+    muted = z.unflatten(-1, (n_heads, -1)) * gate[..., None]
+    muted[:, :, beside] = z.unflatten(-1, (n_heads, -1))[:, :, beside]
+    return muted.flatten(-2)
 
 
 def report(evaluation: Evaluation) -> Iterator[str]:

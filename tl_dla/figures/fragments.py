@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tl_dla import theme
-from tl_dla.attention_view import AttentionStyle, AttentionView
-from tl_dla.charts import number
-from tl_dla.table import table_html
+from tl_dla.figures import theme
+from tl_dla.figures.attention_view import AttentionStyle, AttentionView
+from tl_dla.figures.charts import number
+from tl_dla.figures.table import table_html
+from tl_dla.figures.view import has_tokens
 from tl_dla.tokens import token_strings
-from tl_dla.view import has_tokens
 
 if TYPE_CHECKING:
     from tl_dla.attention import HeadPattern, HeadPatterns

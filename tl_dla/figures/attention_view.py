@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla import embedded
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import embedded
 
 AttentionStyle = Literal["patterns", "heads"]
 _ELEMENTS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}

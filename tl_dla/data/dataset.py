@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_dla.attribution import direct_logit_attribution
+from tl_dla.data.examples import Batch, batches, share
+from tl_dla.data.shards import Folder, Line, RowNames, Shard, make_manifest, read_manifest, stored
+from tl_dla.data.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
-from tl_dla.examples import Batch, batches, share
 from tl_dla.reconstruction import Reconstruction
-from tl_dla.shards import Folder, Line, RowNames, Shard, make_manifest, read_manifest, stored
-from tl_dla.summary import DatasetAttribution, Tally
 from tl_dla.units import Unit, require_unit
 
 
@@ -58,10 +58,10 @@ def attribute_dataset(
         examples: mappings with the fields `prompt`, `answer` and, where there are any, `incorrect`
             (one or several: the mean of their logits is the baseline) and `group`; a
             `datasets.Dataset` of them, or anything that gives them one by one. See
-            `tl_dla.examples.read_examples` for files and `tl_dla.ioi` for IOI prompts.
+            `tl_dla.data.examples.read_examples` for files and `tl_dla.ioi` for IOI prompts.
         unit: as in `direct_logit_attribution`.
         batch_size: how many prompts are run together.
-        out: a folder for the rows of every example; its format is that of `tl_dla.shards`.
+        out: a folder for the rows of every example; its format is that of `tl_dla.data.shards`.
         on_error: what an example does that cannot be attributed (an answer that is no token, a
             prompt too long for the model, rows that miss the logit): `"skip"` leaves it out and
             reports its index and reason in `result.skipped` and `out/errors.jsonl`; `"raise"`

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from tl_dla import charts, theme
-from tl_dla.charts import number
-from tl_dla.view import View, certificate, fold, logit_name, read
+from tl_dla.figures import charts, theme
+from tl_dla.figures.charts import number
+from tl_dla.figures.view import View, certificate, fold, logit_name, read
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution

@@ -22,10 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.erasure import Erasures, erasures
-from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.flags import FLAGS, Flag, flags_of, where
-from tl_dla.interventions import (
+from tl_dla.effects.erasure import Erasures, erasures
+from tl_dla.effects.flags import FLAGS, Flag, flags_of, where
+from tl_dla.effects.interventions import (
     ABLATABLE,
     Ablation,
     At,
@@ -34,12 +33,13 @@ from tl_dla.interventions import (
     require_input,
     run_ablated,
 )
-from tl_dla.recomputed import FinalLogits, written
+from tl_dla.effects.recomputed import FinalLogits, written
+from tl_dla.effects.repair import SelfRepair, compare
+from tl_dla.effects.suppression import copy_suppression
+from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.recording import Probe
-from tl_dla.repair import SelfRepair, compare
 from tl_dla.residual import ResidualStack, vector_probes, walk
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.suppression import copy_suppression
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Shaped
 
 from tl_dla.errors import ArgumentError
-from tl_dla.theme import DOT, INK, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, SCALES, template
+from tl_dla.figures.theme import DOT, INK, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, SCALES, template
 
 
 def safe(text: str) -> str:

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.data.shards import RowNames, Shard
+from tl_dla.data.statistics import RowStatistics, Sums
 from tl_dla.errors import ArgumentError
 from tl_dla.model import Kind
-from tl_dla.shards import RowNames, Shard
-from tl_dla.statistics import RowStatistics, Sums
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +158,7 @@ class DatasetAttribution:
 
     def plot(self, k: int = 20, *, kind: Kind | None = None) -> "go.Figure":
         """The k rows of the largest means by magnitude with their intervals, a plotly figure."""
-        from tl_dla import charts
+        from tl_dla.figures import charts
 
         rows = self.top(k, kind=kind, by="magnitude")
         mean, low, high = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tl_dla.audit import Audit
+    from tl_dla.effects.audit import Audit
 
 # When a flag is raised. Half of an effect is where a reader's conclusion changes: what is left of
 # it is no longer most of it. A quarter for the norm, whose part Rushing and Nanda put near 30 % of

@@ -7,10 +7,10 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla import charts
-from tl_dla.charts import in_template, safe
 from tl_dla.errors import ArgumentError
-from tl_dla.view import View, bars, headings, read
+from tl_dla.figures import charts
+from tl_dla.figures.charts import in_template, safe
+from tl_dla.figures.view import View, bars, headings, read
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from tl_dla.errors import ArgumentError, TlDlaError, TokenError
-from tl_dla.tokens import read_positions, read_prompts, token_ids
+from tl_dla.targets import token_ids
+from tl_dla.tokens import read_positions, read_prompts
 
 # Batches in a window: enough to sort by length, few enough that 8 processes share 1,000 examples.
 WINDOW = 8

@@ -32,13 +32,14 @@ from tqdm.auto import tqdm
 
 from tl_dla.attribution import assemble, make_plan, shaped
 from tl_dla.choice import Choice
+from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
 from tl_dla.neurons import Neurons
 from tl_dla.recording import Probe, Recording, run
 from tl_dla.refinement import Heads
 from tl_dla.result import DirectLogitAttribution
-from tl_dla.substitutes import Ablation, At, Place, ablated_tokens, substitutes
-from tl_dla.tokens import Positions, Prompts, Targets
+from tl_dla.targets import Targets
+from tl_dla.tokens import Positions, Prompts
 
 Group = str | Sequence[str]
 

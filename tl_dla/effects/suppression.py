@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_dla.attribution import assemble
 from tl_dla.choice import Choice
-from tl_dla.interventions import require_input
+from tl_dla.effects.interventions import require_input
 from tl_dla.recording import run
 from tl_dla.result import DirectLogitAttribution
 

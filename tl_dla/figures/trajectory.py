@@ -6,11 +6,11 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla import charts, theme
-from tl_dla.charts import number, safe
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import charts, theme
+from tl_dla.figures.charts import number, safe
+from tl_dla.figures.view import View, headings, logit_name, read
 from tl_dla.model import Point, Write
-from tl_dla.view import View, headings, logit_name, read
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution

@@ -8,9 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla import charts
-from tl_dla.charts import safe, shorten
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import charts
+from tl_dla.figures.charts import safe, shorten
 from tl_dla.tokens import token_strings
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""From one prompt to a dataset: examples, shards, statistics."""
