@@ -19,8 +19,8 @@ from tests.zoo.build import boot, build, hf_reference
 from tests.zoo.reference import reference
 from tl_dla.data.dataset import attribute_dataset, summarize
 from tl_dla.data.examples import WINDOW, read_examples
-from tl_dla.data.shards import OutputFolderError, model_digest, read_shard
-from tl_dla.errors import ArgumentError, ReconstructionError, TokenError
+from tl_dla.data.shards import model_digest, read_shard
+from tl_dla.errors import ArgumentError, OutputFolderError, ReconstructionError, TokenError
 
 BATCH = 4
 

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tl_dla.errors import TokenError
+from tl_dla.errors import ModelNotFoundError, TokenError
 from tl_dla.ioi import NAMES, TEMPLATES, classic_prompts, ioi_prompts
-from tl_dla.loading import ModelNotFoundError, load_model
+from tl_dla.loading import load_model
 
 
 def tokenizer_of(names, unk_token=None):

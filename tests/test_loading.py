@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tl_dla import loading
-from tl_dla.errors import UnsupportedModelError
-from tl_dla.loading import ModelNotFoundError, load_model
+from tl_dla.errors import ModelNotFoundError, UnsupportedModelError
+from tl_dla.loading import load_model
 
 WORDS = ["<s>", "</s>", "c", "a", "t", "d", "o", "g", "Ġ", "at", "cat", "do", "dog"]
 MERGES = [("a", "t"), ("c", "at"), ("d", "o"), ("do", "g")]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import TRANSFORMER_LENS, of_4
 from tl_dla import direct_logit_attribution, loading
-from tl_dla.loading import ModelNotFoundError, load_model
+from tl_dla.errors import ModelNotFoundError
+from tl_dla.loading import load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

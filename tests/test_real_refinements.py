@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.gradients import gradients, inputs_of
 from tl_dla import attribute_answer, attribute_path, direct_logit_attribution, loading, token_map
-from tl_dla.loading import ModelNotFoundError, load_model
+from tl_dla.errors import ModelNotFoundError
+from tl_dla.loading import load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from tl_dla.effects.suppression import copy_suppression as copy_suppression
     from tl_dla.embedding_map import TokenMap as TokenMap
     from tl_dla.embedding_map import token_map as token_map
+    from tl_dla.errors import ArgumentError as ArgumentError
     from tl_dla.errors import IncompleteCacheError as IncompleteCacheError
+    from tl_dla.errors import ModelNotFoundError as ModelNotFoundError
+    from tl_dla.errors import OutputFolderError as OutputFolderError
     from tl_dla.errors import ReconstructionError as ReconstructionError
     from tl_dla.errors import TlDlaError as TlDlaError
     from tl_dla.errors import TokenError as TokenError
@@ -60,6 +63,9 @@ _MODULES = {
     "token_map": "embedding_map",
     "Erasures": "effects.erasure",
     "erasures": "effects.erasure",
+    "ArgumentError": "errors",
+    "ModelNotFoundError": "errors",
+    "OutputFolderError": "errors",
     "IncompleteCacheError": "errors",
     "ReconstructionError": "errors",
     "TlDlaError": "errors",

@@ -26,3 +26,11 @@ class ReconstructionError(TlDlaError, ValueError):
 
 class ArgumentError(TlDlaError, ValueError):
     """An argument that cannot be what was meant."""
+
+
+class ModelNotFoundError(TlDlaError, FileNotFoundError):
+    """There is no model under the name or path given; the message says what to do."""
+
+
+class OutputFolderError(TlDlaError, FileExistsError):
+    """An output folder that holds something else, or is damaged. Nothing in it was changed."""

@@ -24,11 +24,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_dla.errors import TlDlaError, UnsupportedModelError
-
-
-class ModelNotFoundError(TlDlaError, FileNotFoundError):
-    """There is no model under the name or path given; the message says what to do."""
+from tl_dla.errors import ModelNotFoundError, UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import TlDlaError
+from tl_dla.errors import OutputFolderError
 from tl_dla.model import Kind, is_bridge
 
 FORMAT = 1
 _KEY = b"tl_dla"
-
-
-class OutputFolderError(TlDlaError, FileExistsError):
-    """An output folder that holds something else, or is damaged. Nothing in it was changed."""
 
 
 @dataclass(frozen=True)

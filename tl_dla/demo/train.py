@@ -7,9 +7,9 @@ It is a teaching model, so that which circuits it learns is not left to chance:
   the heads make of what they see, and all else, is learned from text alone. Without guidance models
   of this size solve the task too, but with heads that look at the subject, where the layer below
   has already left the other name.
-- At the last position of most indirect-object prompts, the MLPs and the heads beside the name movers
-  are muted, so that name movers learn to write the name themselves. Nothing is asked of the MLPs,
-  and facts are what they do.
+- At the last position of most indirect-object prompts, the MLPs and the heads beside the name
+  movers are muted, so that name movers learn to write the name themselves. Nothing is asked of
+  the MLPs, and facts are what they do.
 - Positions begin as a Fourier basis, in which "the token before" is a rotation, and the unembedding
   begins as a copy of the embedding, which it then leaves: both help induction to be learned early.
 - Last, the names' frequencies are put where GPT-2 keeps such things, in the final norm's β, which
