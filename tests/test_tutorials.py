@@ -12,7 +12,8 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tl_dla.loading import _PACKAGES, ModelNotFoundError, _installed_parts
+from tl_dla.errors import ModelNotFoundError
+from tl_dla.loading import _PACKAGES, _installed_parts
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))

@@ -80,8 +80,11 @@ class Reconstruction:
                 f" (rounding explains {part._tolerance_at_worst():.1g})"
             )
         parts = f", and {len(self.parts)} refined rows," if self.parts else ""
+        error = self._overall_error()
+        if not error:
+            return f"rows add up to {self.against}{parts} to the last digit"
         return (
-            f"rows add up to {self.against}{parts} within {self._overall_error():.1g}"
+            f"rows add up to {self.against}{parts} within {error:.1g}"
             f" (rounding explains {self._tolerance_at_worst():.1g})"
         )
 
