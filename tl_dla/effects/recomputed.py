@@ -14,7 +14,7 @@ the dot product over d_model (of the centred vectors for LayerNorm),
 and the raw logit of x − c is that of x less that of c, both over the new scale. Biases, a logit
 multiplier and a soft cap are applied to the recomputed logits themselves. In logits; rows no
 longer add up, which is the price of not holding the scale fixed. The exact direct effect of
-Heimersheim et al. 2025 (https://arxiv.org/abs/2507.02559), who measure how far the frozen one is
+Baroni et al. 2025 (https://arxiv.org/abs/2507.02559), who measure how far the frozen one is
 from it.
 """
 
