@@ -34,10 +34,20 @@ CLAIMS = {
         ids = model.to_tokens(prompt)
         own = float(model(ids)[0, -1, model.to_single_token(" Paris")])
         assert abs(own - float(result.attribution.sum())) < 1e-3
+        assert result["3_mlp_out"].item() > 0.5 * own
+        london = both["shared with ' London'"]
+        assert london["0_mlp_out"] > 2 * result["0_mlp_out"].item() and london["3_mlp_out"] < 0
+        assert abs(lens.logit_diff[-1, 0, 0] - points.iloc[-1, 1] - contrast["ln_final.b"]) < 1e-3
     """,
     "2_finding_the_ioi_circuit.ipynb": """
         assert (heads.logit > 0).all() and heads.reconstruction.passed
-        assert demo_table["attention to the answer"].max() > 0.5
+        movers = demo_table[demo_table["attention to the answer"] > 0.99]
+        assert set(movers.index) == {"L3H0", "L2H0"} and (movers["logits"] > 3).all()
+        assert demo_table.loc["L1H3", "attention to the repeated name"] > 0.9
+        assert demo_table.loc["L1H3", "to the repeated name's logit"] < -0.5
+        assert abs(heads["L2H0"][0]) < 0.1 and heads["L2H0"][1] > 5 and heads["L3H0"][0] > 5
+        assert heads.heads.mean(-1).min() > -0.1
+        assert (components["ln_final.b"] < 0).tolist() == [True, False] * 4
     """,
     "3_folded_or_not.ipynb": """
         assert abs(naive.sum().item() - truth) > 0.5
@@ -45,7 +55,12 @@ CLAIMS = {
         assert abs(against_mean.logit.item() - after_single.logit.item()) < 1e-2
     """,
     "4_what_attribution_does_not_tell.ipynb": """
+        assert mediator == "L1H3"
         assert table.loc[mediator, "total"] > 2 * abs(table.loc[mediator, "direct"])
+        assert {label for label, change in repair.top(2)} == {"L3H0", "L2H0"}
+        assert all(change < 0 for _, change in repair.top(2))
+        by_mean = demo.audit(rows=["0_mlp_out"], ablation="mean", progress=False)
+        assert abs(by_mean.total.mean()) < 0.1 < 2 < table.loc["0_mlp_out", "total"]
         assert torch.allclose(audit.total, audit.direct + audit.indirect, atol=1e-4)
     """,
 }
