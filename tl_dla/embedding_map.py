@@ -28,9 +28,10 @@ from tl_dla.paths import PathPlan
 from tl_dla.readout import Readout
 from tl_dla.recording import run
 from tl_dla.result import DirectLogitAttribution
+from tl_dla.stream import is_rescaled_embedding
 from tl_dla.targets import Targets, token_ids
 from tl_dla.tokens import Positions, Prompts, token_strings
-from tl_dla.units import Plan, is_rescaled_embedding
+from tl_dla.units import Plan
 
 if TYPE_CHECKING:
     import pandas as pd

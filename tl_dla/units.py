@@ -36,6 +36,7 @@ from tl_dla.recording import Probe, Recording
 from tl_dla.refinement import Block, Heads, Refined, Refinement, Row, Rows, Seen, magnitude
 from tl_dla.refinement import upcast as upcast
 from tl_dla.sources import Sources
+from tl_dla.stream import stream_rows
 from tl_dla.sublayers import Experts
 from tl_dla.tokens import Positions
 
@@ -207,37 +208,9 @@ class Plan:
                 positions count when neurons are ranked.
             weights: how the tokens are added up, for the ranking of neurons.
         """
-        values, shown = seen.values, self.shown(seen, positions)
-        scaled = shown.scaled
-
-        stream: list[Row] = []
-        magnitudes, pending, additions = [], [], 0
-        before: Tensor | None = None
-        points: list[Row] = []
-        for step, readout in self.steps:
-            if isinstance(step, Write):
-                value = scaled(values[step.label], readout)
-                pending.append(Row(step.label, step.kind, step.layer, value))
-                additions += 1
-            elif isinstance(step, StreamNorm):
-                additions += 2
-                if step.norm.beta is not None:
-                    value = scaled(readout.of_bias(step.norm.beta), readout)
-                    pending.append(Row(step.label, "bias", step.layer, value))
-            elif isinstance(step, Rescale):
-                additions += 1
-            else:
-                value = scaled(values[step.label], readout)
-                points.append(Row(step.label, "residual", step.layer, value))
-                if not step.block:
-                    continue
-                size = scaled(values[f"|{step.label}|"], readout).abs()
-                pending = self._close(pending, before, value, size, additions, step, values)
-                magnitudes.append(size * max(additions, 1) ** 0.5)
-                stream += pending
-                before, pending, additions = value, [], 0
-        final = scaled(values[f"|{self.end}|"], self.logit).abs()
-        size = torch.stack(magnitudes).square().sum(0).sqrt()
+        shown = self.shown(seen, positions)
+        stream, points, size = stream_rows(self.reader, self.steps, shown)
+        final = shown.scaled(seen.values[f"|{self.end}|"], self.logit).abs()
         constants = self._constants(final)
         total = points[-1].value + sum(row.value for row in constants)
         biases = constants if self.include_bias else []
@@ -292,41 +265,6 @@ class Plan:
             ratio = torch.cat([ratio[..., :-1], torch.ones_like(ratio[..., -1:])], -1)
         return ratio
 
-    def _close(
-        self,
-        rows: list[Row],
-        before: Tensor | None,
-        after: Tensor,
-        size: Tensor,
-        additions: int,
-        point: Point,
-        values: dict[str, Tensor],
-    ) -> list[Row]:
-        """The rows between two sights of the stream, with a `_rest` row for what they miss."""
-        explained = sum((row.value for row in rows), torch.zeros_like(after))
-        if before is not None:
-            explained = explained + before
-        rest = after - explained
-        if before is None and [row.label for row in rows] == ["embed"]:
-            if is_rescaled_embedding(values["vector embed"], values[f"vector {point.label}"]):
-                return [Row("embed", "embed", None, after)]
-        eps = self.reader.eps
-        rounding = 6 * eps * 12**-0.5 * size * max(additions, 1) ** 0.5
-        gross = sum((row.value.abs() for row in rows), after.abs())
-        rounding = rounding + 4 * max(torch.finfo(after.dtype).eps, 0.0) * (
-            gross + size * self.logit.direction.shape[-1] ** 0.5
-        )
-        if bool((rest.abs() <= rounding).all()):
-            return rows
-        if point.label == "final_post" and not self.reader.shows_final_stream(point):
-            raise UnsupportedModelError(
-                f"{self.reader.architecture} does something to the residual stream between its last"
-                f" block and {point.site.name} that is not understood; no unit works on it."
-            )
-        layer = None if before is None else point.layer - 1
-        label = "embed_rest" if layer is None else f"{layer}_rest"
-        return [*rows, Row(label, "rest", layer, rest)]
-
     @property
     def biases(self) -> list[tuple[str, Tensor | None]]:
         """The constants that no row of the stream holds, already in logits."""
@@ -357,18 +295,6 @@ def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:
 
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:
     return lambda seen: norm.scale(upcast(seen))
-
-
-def is_rescaled_embedding(
-    embed: Float[Tensor, "batch pos d_model"], start: Float[Tensor, "batch pos d_model"]
-) -> bool:
-    """Whether the stream starts as the token embedding times a number at each position.
-
-    An embedding multiplier does this, or a norm without weights: seen in the vectors themselves.
-    """
-    ratio = (start * embed).sum(-1, keepdim=True) / embed.square().sum(-1, keepdim=True)
-    miss = (start - ratio * embed).norm(dim=-1)
-    return bool((miss <= 0.02 * start.norm(dim=-1)).all())
 
 
 def hook_names(plan: Plan) -> list[str]:
