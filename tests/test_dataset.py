@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import tl_dla.data.dataset
+from tests.models import either, load
 from tests.zoo.build import boot, build, hf_reference
+from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.reference import reference
 from tl_dla.data.dataset import attribute_dataset, summarize
 from tl_dla.data.examples import WINDOW, read_examples
@@ -86,13 +88,13 @@ def counted(monkeypatch):
 # ---- rows and statistics -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", either("gpt2", "gemma2", "ln", "sandwich"))
 def test_each_prompts_rows_are_those_of_the_autograd_reference(name, tmp_path):
     examples = make(23, several=False)
-    result = run(boot(name), examples, tmp_path / "run")
+    result = run(load(name), examples, tmp_path / "run")
     stored = table(tmp_path / "run")
     assert stored["index"].tolist() == list(range(23))
-    plain = hf_reference(name, torch.float64)
+    plain = hooked(name, torch.float64) if name in HOOKED else hf_reference(name, torch.float64)
     for i, example in enumerate(examples):
         tokens = torch.tensor([example["prompt"]])
         answer, wrong = torch.tensor([example["answer"]]), torch.tensor([example["incorrect"]])

@@ -70,11 +70,12 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def medians(runs: int, **timed: Callable[[], Any]) -> dict[str, float]:
-    """The median time of each, one after the other in every round, after one round unseen."""
-    times: dict[str, list[float]] = {name: [] for name in timed}
+    """The median time of each, in rounds that begin with another each time, after one unseen."""
+    names, times = list(timed), {name: list[float]() for name in timed}
     for number in range(runs + 1):
-        for name, run in timed.items():
-            took = seconds(run)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            took = seconds(timed[name])
             times[name] += [took] if number else []
     return {name: statistics.median(values) for name, values in times.items()}
 
