@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
-from tl_dla import direct_logit_attribution, embedded
+from tl_dla import direct_logit_attribution
 from tl_dla.attention import top_heads_with_patterns
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import embedded
 from tl_dla.figures.attention_view import AttentionView
 from tl_dla.figures.charts import number
 from tl_dla.report import of_unit

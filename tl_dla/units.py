@@ -315,8 +315,8 @@ def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
     Example:
         >>> from tl_dla import load_model
         >>> model = load_model("demo")
-        >>> required_hooks(model)[:2]
-        ['blocks.0.attn.hook_out', 'blocks.0.hook_in']
+        >>> "ln_final.hook_scale" in required_hooks(model)
+        True
     """
     require_unit(unit)
     d = model.cfg.d_model if "project_out" not in model._modules else model.W_U.shape[0]
