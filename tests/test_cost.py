@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import counted, either, load
+from tests.models import counted, either, load, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
 from tl_dla import direct_logit_attribution, recording
 
@@ -59,6 +59,7 @@ def test_answers_of_their_own_follow_their_prompts_into_the_parts(monkeypatch):
 # ---- weights elsewhere ---------------------------------------------------------------------------
 
 
+@of_4  # TransformerLens 3 refuses weights on disk
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_weights_that_are_offloaded_are_brought_back(name, unit, tmp_path):
