@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
-from tl_dla import charts, direct_logit_attribution, plots
+from tl_dla import direct_logit_attribution, plots
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import charts
 from tl_dla.figures.view import fold
 from tl_dla.lens import logit_lens
 
@@ -51,6 +52,19 @@ def test_the_waterfall_has_every_row_and_ends_at_the_models_own_logit():
     assert str(result.reconstruction) in figure.layout.title.text
     assert "'mat' − 'cat'" in figure.layout.title.text
     assert figure.layout.xaxis.title.text == "logits"
+
+
+@pytest.mark.parametrize(
+    ("pos", "answer", "incorrect"), [(1, "dog", "a"), (4, "cat", "dog"), (-1, "mat", "cat")]
+)
+def test_the_number_left_of_a_falling_row_stays_clear_of_the_names(pos, answer, incorrect):
+    figure = attribute(answer=answer, incorrect=incorrect, pos=pos).plot()
+    steps = np.asarray(figure.data[0].x)[:-1]
+    ends = np.cumsum(steps)
+    left, right = figure.layout.xaxis.range
+    assert (steps < 0).any()
+    assert (ends[steps < 0] - left).min() > 0.1 * (right - left)  # seven characters
+    assert left < min(0, ends.min()) and right > ends.max()
 
 
 def test_hover_gives_label_value_share_and_prompt():
@@ -228,6 +242,16 @@ def test_candidates_are_columns_that_name_their_logit():
     one = result.plot(candidate="cat")
     np.testing.assert_allclose(one.data[0].x[:-1], result.attribution[:, 0, 1], rtol=1e-7)
     np.testing.assert_array_equal(one.data[0].x, result.plot(candidate=1).data[0].x)
+
+
+def test_a_title_names_the_first_and_the_last_of_many_tokens():
+    words = ["mat", "cat", "on", "dog", "the", "sat"]
+    ranked = direct_logit_attribution(bridge(), PROMPTS[0], candidate_tokens=words)
+    assert "of 'mat', 'cat', 'on', …, 'sat'<" in ranked.plot().layout.title.text
+    mean = attribute(incorrect=[words[1:] + ["a"]])
+    assert "of 'mat' − mean('cat', 'on', 'dog', …, 'a')<" in mean.plot().layout.title.text
+    few = direct_logit_attribution(bridge(), PROMPTS[0], candidate_tokens=words[:5])
+    assert "of 'mat', 'cat', 'on', 'dog', 'the'<" in few.plot().layout.title.text
 
 
 def test_candidates_of_a_batch_have_a_column_for_each_prompt():

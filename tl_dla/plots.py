@@ -91,8 +91,9 @@ def ledger(
         fig = go.Figure(_waterfall(names, values[:, 0], float(logit[0]), share[:, 0], view))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
         room = 0.18 * (max(ends) - min(ends))  # for the numbers beside the bars
-        left = room if min(ends) < 0 else 0.3 * room
-        fig.update_xaxes(range=[min(ends) - left, max(ends) + room])
+        fallen = [end for end, value in zip(ends[1:], values[:, 0], strict=False) if value < 0]
+        left = min([min(ends) - 0.3 * room, *(end - room for end in fallen)])
+        fig.update_xaxes(range=[left, max(ends) + room])
     else:
         every = np.vstack([values, logit])
         fig = go.Figure(bars(names, every, view, share))

@@ -103,10 +103,12 @@ def logit_name(result: "DirectLogitAttribution") -> str:
 
 def headings(result: "DirectLogitAttribution", what: str, view: View) -> tuple[str, str]:
     """Title and subtitle: what is attributed, where, and whether it adds up."""
-    names = ", ".join(map(repr, view.candidates))
-    target = safe(shorten(names) if view.candidates != [""] else result.target)
+    named = view.candidates != [""]
+    names = list(map(repr, view.candidates)) if named else result.target.split(", ")
+    if len(names) > 5:  # more would leave the figure on the right
+        names = [*names[:3], "…", names[-1]]
     where = safe(view.samples[0]) if len(view.samples) == 1 else _count(view)
-    return f"{what} {target}", f"{where}<br>{certificate(result)}"
+    return f"{what} {safe(shorten(', '.join(names)))}", f"{where}<br>{certificate(result)}"
 
 
 def _count(view: View) -> str:
