@@ -1,11 +1,13 @@
 """Figures say what the result says: values, order, ends and names, and never only a mean."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from tests.pages import NASTY, PROMPTS, bridge, own_logits
-from tl_dla import direct_logit_attribution, plots
+from tl_dla import attribute_path, direct_logit_attribution, plots
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts
 from tl_dla.figures.view import fold
@@ -76,6 +78,19 @@ def test_hover_gives_label_value_share_and_prompt():
     assert "1_mlp_out" in hover and f"{value:+.4f} logits" in hover
     assert f"{value / (right - wrong):.1%} of the logit" in hover
     assert f"[BOS] {PROMPTS[0]}" in hover and "position 8 'cat'" in hover
+
+
+def test_a_path_is_never_called_the_models_own_logit(tmp_path):
+    path = attribute_path(attribute(unit="head"), "L2H1", 3, unit="component")
+    figure, page = path.plot(), path.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert figure.layout.yaxis.ticktext[-1] == "row L2H1←3"
+    assert "'mat' − 'cat', through L2H1←3<" in figure.layout.title.text
+    assert "Row L2H1←3 of the logit difference: <b>" in page
+    assert "&#x27;cat&#x27;, through L2H1←3</h1>" in page
+    assert ", through L2H1←3</b>" in path._repr_html_()
+    assert "row L2H1←3" in path._repr_html_()
+    seen = figure.to_json() + re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search("model[’']s own", seen + path._repr_html_())
 
 
 def test_small_rows_are_added_up_and_the_sum_stays():

@@ -24,7 +24,7 @@ from tl_dla.attribution import assemble, make_plan
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.figures import embedded, fragments, theme
 from tl_dla.figures.attention_view import DRAW, AttentionStyle
-from tl_dla.figures.view import certificate, headings, read
+from tl_dla.figures.view import certificate, headings, read, through
 from tl_dla.lens import logit_lens
 from tl_dla.recording import run
 from tl_dla.units import Unit
@@ -128,7 +128,7 @@ def _page(
 ) -> str:
     figures = _Figures()
     sections = _sections(result, prompt, k, attention, figures)
-    title = f"What wrote the logit of {result.target}"
+    title = f"What wrote the logit of {result.target}{through(result)}"
     has_attention = 'class="attention"' in sections
     passed = result.reconstruction.passed
     parts = {
@@ -180,8 +180,8 @@ def _section(title: str, explanation: str, body: Callable[[], str]) -> str:
 _UNITS: dict[Unit, tuple[str, str]] = {
     "component": (
         "Components",
-        "What each attention and MLP output wrote, in the order of the residual stream, up to the"
-        " model’s own logit.",
+        "What each attention and MLP output wrote, in the order of the residual stream, and what"
+        " that adds up to.",
     ),
     "head": (
         "Heads",

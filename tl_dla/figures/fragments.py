@@ -63,10 +63,11 @@ def logit(result: "DirectLogitAttribution") -> str:
     what = "logit difference" if result.targets.weights.shape[1] > 1 else "logit"
     if not result.plan.include_bias:
         what += " without its biases"
+    whose = f"Row {escape(result.path[-1])} of the" if result.path else "The model’s own"
     if own.numel() == 1:
-        return f"The model’s own {what}: <b>{number(float(own))}</b>"
+        return f"{whose} {what}: <b>{number(float(own))}</b>"
     return (
-        f"The model’s own {what}: mean <b>{number(float(own.mean()))}</b>, from"
+        f"{whose} {what}: mean <b>{number(float(own.mean()))}</b>, from"
         f" {number(float(own.min()))} to {number(float(own.max()))} over {own.numel()} values"
     )
 

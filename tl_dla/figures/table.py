@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import number
-from tl_dla.figures.view import View, certificate, fold, logit_name, read
+from tl_dla.figures.view import View, certificate, fold, logit_name, read, through
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution
@@ -24,7 +24,7 @@ def notebook_html(result: "DirectLogitAttribution", k: int = 12) -> str:
     view = read(result)
     return (
         '<div style="font-family:system-ui,sans-serif;font-size:13px;line-height:1.5">'
-        f"<div><b>{escape(result.target)}</b> by {escape(result.unit)}"
+        f"<div><b>{escape(result.target + through(result))}</b> by {escape(result.unit)}"
         f'<span style="opacity:.7"> · {escape(_over(view))}</span></div>'
         f"{table_html(result, k)}<div>{certificate(result)}</div></div>"
     )

@@ -98,6 +98,8 @@ def prompt_text(result: "DirectLogitAttribution", prompt: int) -> str:
 
 def logit_name(result: "DirectLogitAttribution") -> str:
     """What the rows add up to, in a few words."""
+    if result.path:
+        return f"row {result.path[-1]}"
     return "model's own logit" if result.plan.include_bias else "logit without biases"
 
 
@@ -108,7 +110,13 @@ def headings(result: "DirectLogitAttribution", what: str, view: View) -> tuple[s
     if len(names) > 5:  # more would leave the figure on the right
         names = [*names[:3], "…", names[-1]]
     where = safe(view.samples[0]) if len(view.samples) == 1 else _count(view)
-    return f"{what} {safe(shorten(', '.join(names)))}", f"{where}<br>{certificate(result)}"
+    target = shorten(", ".join(names)) + through(result)
+    return f"{what} {safe(target)}", f"{where}<br>{certificate(result)}"
+
+
+def through(result: "DirectLogitAttribution") -> str:
+    """The rows that a path's rows are parts of, in words; nothing for any other result."""
+    return "".join(f", through {source}" for source in result.path)
 
 
 def _count(view: View) -> str:
