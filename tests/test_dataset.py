@@ -3,86 +3,25 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import json
-import random
-import shutil
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tl_dla.data.dataset
 from tests.models import either, load
-from tests.zoo.build import boot, build, hf_reference
+from tests.runs import BAD, BATCH, make, run, spoiled, table
+from tests.zoo.build import boot, hf_reference
 from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.reference import reference
-from tl_dla.data.dataset import attribute_dataset, summarize
 from tl_dla.data.examples import WINDOW, read_examples
-from tl_dla.data.shards import model_digest, read_shard
-from tl_dla.errors import ArgumentError, OutputFolderError, ReconstructionError, TokenError
-
-BATCH = 4
+from tl_dla.errors import ArgumentError, ReconstructionError, TokenError
 
 
 @pytest.fixture(scope="module")
 def model():
     return boot("gpt2")
-
-
-def make(n=75, seed=0, several=True):
-    """Prompts of 3 to 20 token ids, with 0 to 3 incorrect answers, in two groups."""
-    r = random.Random(seed)
-
-    def ids(k):
-        return [r.randint(3, 96) for _ in range(k)]
-
-    return [
-        {
-            "prompt": ids(r.randint(3, 20)),
-            "answer": r.randint(3, 96),
-            "incorrect": ids(r.randint(0, 3)) if several else r.randint(3, 96),
-            "group": "ab"[i % 3 == 0],
-        }
-        for i in range(n)
-    ]
-
-
-# Without the type checks that tests add, which would refuse bad arguments in words of their own.
-attribute = inspect.unwrap(attribute_dataset)
-
-
-def run(model, examples, out=None, **options):
-    options = {"unit": "head", "batch_size": BATCH, "progress": False, **options}
-    return attribute(model, examples, out=out, **options)
-
-
-def table(out):
-    """The stored rows as pandas reads them, in order of index."""
-    return pd.read_parquet(out / "rows").sort_values("index", ignore_index=True)
-
-
-def stack(stored):
-    return torch.tensor(stored["rows"].tolist(), dtype=torch.float64)
-
-
-def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def counted(monkeypatch):
-    """The batch sizes of the passes made from here on."""
-    passes = []
-    attribute = tl_dla.data.dataset.direct_logit_attribution
-
-    def counting(model, tokens, *args, **options):
-        passes.append(len(tokens))
-        return attribute(model, tokens, *args, **options)
-
-    monkeypatch.setattr(tl_dla.data.dataset, "direct_logit_attribution", counting)
-    return passes
 
 
 # ---- rows and statistics -----------------------------------------------------------------------
@@ -244,25 +183,6 @@ def test_only_one_window_is_read_ahead(model, tmp_path):
 
 # ---- bad examples ------------------------------------------------------------------------------
 
-BAD = {
-    3: ({"prompt": [4] * 90, "answer": 5}, "more than the model's context"),
-    10: ({"prompt": [4, 5], "answer": "w3 w4"}, "is 2 tokens"),
-    11: ({"prompt": [4, 5]}, "needs the field 'answer'"),
-    20: ({"prompt": [4, 5], "answer": [5, 6]}, "has one answer"),
-    21: ({"prompt": [4, 5], "answer": 500}, "outside the vocabulary"),
-    22: ("a string", "must be a mapping"),
-    30: ({"prompt": ["w4", "w5"], "answer": 5}, "strings or token ids"),
-    31: ({"prompt": [4, 5], "answer": 5, "incorrect": [None]}, "strings or token ids"),
-    39: ({"prompt": "", "answer": 5}, "prompt is empty"),
-}
-
-
-def spoiled(n=40):
-    examples = make(n)
-    for i, (example, _) in BAD.items():
-        examples[i] = example
-    return examples
-
 
 def test_bad_examples_are_left_out_and_reported_with_their_reason(model, tmp_path):
     result = run(model, spoiled(), tmp_path / "run")
@@ -323,184 +243,6 @@ def test_an_example_whose_rows_miss_the_logit_is_left_out(model, monkeypatch, tm
         example["prompt"][-1] = 50
     with pytest.raises(ReconstructionError, match="The rows add up to"):
         run(model, examples)
-
-
-# ---- the output folder -------------------------------------------------------------------------
-
-
-def test_the_same_call_computes_what_is_missing_and_gives_the_same_bytes(
-    model, tmp_path, monkeypatch
-):
-    out = tmp_path / "run"
-    first = run(model, spoiled(), out)
-    before = contents(out)
-    passes = counted(monkeypatch)
-    again = run(model, spoiled(), out)
-    assert passes == [] and contents(out) == before
-    assert torch.equal(again.rows.mean, first.rows.mean)
-
-    shards = sorted((out / "rows").glob("*.parquet"))
-    for path in (shards[1], shards[-1], out / "statistics.csv"):
-        path.unlink()
-    (out / "rows" / f".{shards[1].name}.0.tmp").write_bytes(b"half a shard")
-    run(model, spoiled(), out)
-    assert len(passes) == 2 and contents(out) == before
-
-
-def test_a_run_that_stops_keeps_what_it_computed(model, tmp_path, monkeypatch):
-    out, expected = tmp_path / "run", run(model, make(70), tmp_path / "whole")
-
-    def stopping():
-        yield from make(70)[:40]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, stopping(), out)
-    kept = contents(out)
-    assert len(table(out)) == 32 and not (out / "statistics.csv").exists()
-    partial = summarize(out)
-    assert partial.n == 32 and not partial.complete and "has not finished" in repr(partial)
-    result = run(model, make(70), out)
-    assert contents(out) == contents(tmp_path / "whole") and kept.items() <= contents(out).items()
-    assert torch.equal(result.rows.std, expected.rows.std)
-
-
-def test_summarize_needs_no_model_and_gives_the_same_result(model, tmp_path):
-    result = run(model, spoiled(), tmp_path / "run")
-    read = summarize(tmp_path / "run")
-    pd.testing.assert_frame_equal(read.to_dataframe(), result.to_dataframe(), check_exact=True)
-    assert (read.skipped, read.unit, read.kinds) == (result.skipped, "head", result.kinds)
-    assert read.complete and repr(read) == repr(result)
-    wider = summarize(tmp_path / "run", confidence=0.999)
-    assert bool((wider.rows.high > read.rows.high).all())
-
-
-def test_processes_share_the_batches_and_nothing_is_lost_or_doubled(model, tmp_path, monkeypatch):
-    """The shards of three processes are those of one, and so are their sums together."""
-    expected = run(model, spoiled(100), tmp_path / "one")
-    tallies = []
-    monkeypatch.setattr(
-        "accelerate.utils.gather_object", lambda own: tallies.extend(own) or tallies
-    )
-    for process in range(3):  # the last one sees the sums of all
-        monkeypatch.setattr(tl_dla.data.dataset, "_join", lambda _, process=process: (process, 3))
-        result = run(model, spoiled(100), tmp_path / "three")
-    assert contents(tmp_path / "three" / "rows") == contents(tmp_path / "one" / "rows")
-    assert result.n == expected.n and torch.equal(result.rows.std, expected.rows.std)
-
-
-def test_the_folder_of_another_run_is_refused_and_left_alone(model, tmp_path):
-    out = tmp_path / "run"
-    run(model, make(20), out)
-    before = contents(out)
-    other = boot("gpt2")
-    with torch.no_grad():
-        next(iter(other.original_model.transformer.h[1].mlp.parameters())).view(-1)[7] += 1e-3
-    with pytest.raises(OutputFolderError, match="its unit is 'head', not 'component'"):
-        run(model, make(20), out, unit="component")
-    with pytest.raises(OutputFolderError, match="its batch_size is 4, not 5"):
-        run(model, make(20), out, batch_size=5)
-    with pytest.raises(OutputFolderError, match="its model is"):
-        run(other, make(20), out)
-    with pytest.raises(OutputFolderError, match="rows of other examples"):
-        run(model, make(20, seed=1), out)
-    with pytest.raises(OutputFolderError, match="rows of other examples"):
-        run(model, [{**example, "group": "c"} for example in make(20)], out)
-    with pytest.raises(FileExistsError):
-        run(model, make(20)[::-1], out)
-    assert contents(out) == before
-
-
-@pytest.mark.parametrize("damage", ["cut", "row", "empty", "other"])
-def test_a_damaged_shard_is_refused_by_name(model, tmp_path, damage):
-    out = tmp_path / "run"
-    run(model, make(20), out)
-    path = sorted((out / "rows").glob("*.parquet"))[2]
-    data = path.read_bytes()
-    if damage == "row":  # a valid file in which one value was edited
-        edited = pq.read_table(path)
-        rows = edited.column("rows").to_pylist()
-        rows[1][2] += 1e-3
-        place, field = edited.schema.get_field_index("rows"), edited.schema.field("rows")
-        pq.write_table(edited.set_column(place, field, pa.array(rows, field.type)), path)
-    else:
-        path.write_bytes({"cut": data[:-20], "empty": b"", "other": b"PAR1 not so PAR1"}[damage])
-    before = contents(out)
-    for call in (lambda: run(model, make(20), out), lambda: summarize(out)):
-        with pytest.raises(OutputFolderError, match=path.name):
-            call()
-    assert contents(out) == before
-    path.unlink()
-    assert run(model, make(20), out).n == 20
-
-
-def test_a_flipped_bit_is_noticed_or_does_no_harm(model, tmp_path):
-    """A Parquet file holds some of its metadata twice, and reads only one of the copies."""
-    run(model, make(20), tmp_path / "run")
-    path = sorted((tmp_path / "run" / "rows").glob("*.parquet"))[2]
-    expected, _ = read_shard(path)
-    data, noticed = path.read_bytes(), 0
-    places = range(11, len(data), 61)
-    for place in places:
-        flipped = bytearray(data)
-        flipped[place] ^= 4
-        (tmp_path / "flipped.parquet").write_bytes(flipped)
-        try:
-            got, _ = read_shard(tmp_path / "flipped.parquet")
-        except OutputFolderError:
-            noticed += 1
-            continue
-        assert got.names == expected.names
-        for a, b in zip(got.lines, expected.lines, strict=True):
-            assert {**vars(a), "values": a.values.tolist()} == {
-                **vars(b),
-                "values": b.values.tolist(),
-            }
-    assert noticed > len(places) // 3
-
-
-def test_a_folder_of_something_else_is_refused_and_left_alone(model, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputFolderError, match=r"holds notes\.txt and no manifest"):
-        run(model, make(20), tmp_path)
-    with pytest.raises(OutputFolderError, match="is a file"):
-        run(model, make(20), tmp_path / "notes.txt")
-    with pytest.raises(OutputFolderError, match="no output folder"):
-        summarize(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text("{")
-    with pytest.raises(OutputFolderError, match="is damaged"):
-        run(model, make(20), tmp_path / "run")
-    (tmp_path / "run" / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(OutputFolderError, match="not of format"):
-        summarize(tmp_path / "run")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "notes.txt", "run"]
-
-
-def test_the_schema_says_what_the_rows_are(model, tmp_path):
-    result = run(model, make(20), tmp_path / "run")
-    path = sorted((tmp_path / "run" / "rows").glob("*.parquet"))[0]
-    schema = pq.read_schema(path)
-    about = json.loads(schema.metadata[b"tl_dla"])
-    assert about["labels"] == result.labels and about["kinds"] == result.kinds
-    assert (
-        about["unit"] == "head" and "torch" in about["versions"] and about["model"] == result.model
-    )
-    assert str(schema.field("rows").type) in ("list<element: float>", "list<item: float>")
-
-
-def test_the_digest_is_of_the_weights_not_of_where_they_are(tmp_path):
-    _, folder = build("gpt2")
-    moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    from tl_dla.loading import load_model
-
-    here, there = load_model(folder, device="cpu"), load_model(moved, device="cpu")
-    assert model_digest(here) == model_digest(there)
-    weights = there.original_model.transformer.wte.weight.detach().view(-1)
-    a, b = weights[:2].tolist()
-    weights[0], weights[1] = b, a
-    assert a != b
-    assert model_digest(here) != model_digest(there)
 
 
 # ---- the result --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.dataset_worker import attribute
-from tests.test_dataset import contents, make, table
+from tests.runs import contents, make, table
 from tests.zoo.build import build
 
 pytestmark = pytest.mark.slow
