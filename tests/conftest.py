@@ -1,6 +1,6 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
@@ -12,3 +12,24 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    """A tiny LayerNorm model with biases everywhere, as a folder."""
+    from tests.zoo.build import build
+
+    return str(build("gpt2")[1])
+
+
+@pytest.fixture
+def run(folder: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command on that model; gives stdout."""
+    from tl_dla.cli import main
+
+    def command(*argv: str, code: int = 0) -> str:
+        capsys.readouterr()
+        assert main([*argv, "--model", folder]) == code
+        return capsys.readouterr().out
+
+    return command
