@@ -18,10 +18,10 @@ import tl_dla
 from tests.zoo.build import build
 from tl_dla import direct_logit_attribution, logit_lens
 from tl_dla.checking import Identity, ModelCheck
+from tl_dla.choice import Unit
 from tl_dla.cli import _parser, main
 from tl_dla.cli.output import check_output
 from tl_dla.loading import load_model
-from tl_dla.units import Unit
 
 PROMPT = "w5 w60 w7 w42 w8"
 IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which models prepend

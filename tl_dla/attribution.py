@@ -15,12 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_dla.assembly import OWN_LOGIT, finish, require
-from tl_dla.assembly import shaped as shaped
 from tl_dla.baseline import capped_mean, is_linear
 from tl_dla.choice import Choice, Unit, read_choice, require_unit
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.model import ModelReader, compute_dtype, is_bridge
-from tl_dla.model import output_transform as output_transform
 from tl_dla.recording import Probe, Recording, cache_shape, in_parts, recall, run
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.targets import Answers, Targets, read_targets

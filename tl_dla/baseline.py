@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_dla.model import ModelReader, output_transform
 from tl_dla.recording import Probe, Recording
 from tl_dla.refinement import upcast
+from tl_dla.vocabulary import Unembedding
 
 _CHUNK = 16384  # tokens whose columns of W_U are held in float32 at once
 
@@ -44,15 +45,11 @@ def capped_mean(
         y = y if norm.beta is None else y + norm.beta.to(y)
     if stream.project_out is not None:
         y = y @ stream.project_out.to(y).mT
-    W_U, b_U = reader.model.W_U.detach(), getattr(reader.model, "b_U", None)
+    unembed = Unembedding(reader.model, stream, _CHUNK)
     direction, bias = torch.zeros_like(y), torch.zeros_like(y[..., 0])
-    for start in range(0, W_U.shape[1], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        columns = W_U[:, part].to(y)
-        constant = torch.zeros_like(columns[0]) if b_U is None else b_U.detach()[part].to(y)
-        raw = y @ columns + constant
-        ratio = torch.where(raw == 0, 1.0, output_transform(reader.model, raw) / raw)
-        direction += ratio @ columns.mT
-        bias += ratio @ constant
-    n = W_U.shape[1]
+    for chunk in unembed.chunks():
+        ratio = chunk.ratio(y)
+        direction += ratio @ chunk.columns.mT
+        bias += ratio @ chunk.bias
+    n = unembed.d_vocab
     return (direction / n)[:, :, None], (bias / n)[:, :, None]

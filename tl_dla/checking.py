@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.attribution import output_transform
+from tl_dla.choice import Unit
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.model import ModelReader, is_bridge
+from tl_dla.model import ModelReader, is_bridge, output_transform
 from tl_dla.recording import Probe, run
+from tl_dla.refinement import upcast
 from tl_dla.residual import head_vectors, scale_probe, through, vector_probes, walk
 from tl_dla.tokens import read_positions, read_prompts
-from tl_dla.units import Unit, upcast
 
 if TYPE_CHECKING:
     import pandas as pd

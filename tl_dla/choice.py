@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model import ModelReader
+from tl_dla.model import Kind, ModelReader
 
 Unit = Literal["component", "layer", "head", "neuron", "source"]
 
@@ -89,3 +89,20 @@ def place_of_head(reader: ModelReader, head: str) -> tuple[int, int]:
             f" {n_heads} heads (numbered from 0)."
         )
     return layer, index
+
+
+def rows_to_rank(kinds: Sequence[Kind], kind: Kind | None, k: int, by: str) -> list[int]:
+    """The rows that `top` ranks: all, or those of one kind.
+
+    Raises:
+        ArgumentError: for an unknown kind or ranking, or k below 1.
+    """
+    if by not in ("value", "magnitude"):
+        raise ArgumentError(f'by must be "value" or "magnitude"; {by!r} was given.')
+    if k < 1:
+        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    rows = [i for i, own in enumerate(kinds) if kind is None or own == kind]
+    if not rows:
+        present = ", ".join(sorted(set(kinds)))
+        raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
+    return rows

@@ -320,8 +320,9 @@ def _certify(
     and more.
     """
     error = max(
-        float((logits(last) - own[..., part].to(last.device)).abs().nan_to_num(torch.inf).max())
-        for part, logits in unembed.chunks()
+        float(difference.abs().nan_to_num(torch.inf).max())
+        for chunk in unembed.chunks()
+        for difference in [chunk.logits(last) - own[..., chunk.part].to(last.device)]
     )
     largest = float(own.abs().max())
     dtype = next(p.dtype for p in reader.model.parameters() if p.is_floating_point())

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from tl_dla.assembly import finish, require
 from tl_dla.choice import Choice, Unit, place_of_head, read_choice, require_unit
-from tl_dla.effects.interventions import require_input
 from tl_dla.errors import TokenError, UnsupportedModelError
 from tl_dla.model import Norm, Point, Step, Stream, StreamNorm, Write
 from tl_dla.readout import Readout
 from tl_dla.recording import Recording, run
 from tl_dla.refinement import Block, Refined, Row, Rows, Seen
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.result import DirectLogitAttribution, require_input
 from tl_dla.sources import Sources
 from tl_dla.sublayers import ValueMap
 from tl_dla.tokens import Positions, Prompts, token_strings

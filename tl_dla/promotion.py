@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.choice import Choice, Unit
-from tl_dla.effects.interventions import require_input
 from tl_dla.errors import ArgumentError
-from tl_dla.model import compute_dtype, output_transform
+from tl_dla.model import compute_dtype
 from tl_dla.recording import run
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.result import DirectLogitAttribution, require_input
 from tl_dla.tokens import Positions, token_strings
 from tl_dla.units import Plan
+from tl_dla.vocabulary import Unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,13 +148,8 @@ def _effect(
     chunk_size: int,
 ) -> Float[Tensor, " d_vocab"]:
     """What a vector (or None for b_U itself) adds to each token's logit."""
-    W_U, b_U = result.model.W_U.detach(), getattr(result.model, "b_U", None)
     effects = []
-    for start in range(0, W_U.shape[1], chunk_size):
-        part = slice(start, start + chunk_size)
-        columns = W_U[:, part].to(total)
-        bias = torch.zeros_like(columns[0]) if b_U is None else b_U.detach()[part].to(columns)
-        raw = total @ columns + bias
-        ratio = torch.where(raw == 0, 1.0, output_transform(result.model, raw) / raw)
-        effects.append((bias if wrote is None else wrote @ columns) * ratio)
+    for chunk in Unembedding(result.model, result.plan.stream, chunk_size).chunks():
+        moved = chunk.bias if wrote is None else wrote @ chunk.columns
+        effects.append(moved * chunk.ratio(total))
     return torch.cat(effects)

@@ -21,13 +21,13 @@ import plotly.graph_objects as go
 from tl_dla import plots
 from tl_dla.attention import top_heads_with_patterns
 from tl_dla.attribution import assemble, make_plan
+from tl_dla.choice import Unit
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.figures import embedded, fragments, theme
 from tl_dla.figures.attention_view import DRAW, AttentionStyle
 from tl_dla.figures.view import certificate, headings, read, through
 from tl_dla.lens import logit_lens
 from tl_dla.recording import run
-from tl_dla.units import Unit
 
 if TYPE_CHECKING:
     from tl_dla.result import DirectLogitAttribution

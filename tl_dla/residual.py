@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.choice import Unit, require_unit
 from tl_dla.errors import ArgumentError
 from tl_dla.model import Attention, Kind, ModelReader, Norm, Point, Rescale, StreamNorm, Write
 from tl_dla.recording import Probe, cache_shape, recall
+from tl_dla.refinement import upcast
 from tl_dla.stream import is_rescaled_embedding
 from tl_dla.tokens import Prompts, read_positions
-from tl_dla.units import Unit, require_unit, upcast
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.choice import rows_to_rank
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.model import Kind
 from tl_dla.readout import Readout
@@ -153,14 +154,7 @@ class DirectLogitAttribution:
             ArgumentError: where there are several values a row and neither `prompt` nor `mean`
                 says which is meant; for an unknown kind or ranking.
         """
-        if by not in ("value", "magnitude"):
-            raise ArgumentError(f'by must be "value" or "magnitude"; {by!r} was given.')
-        if k < 1:
-            raise ArgumentError(f"k must be at least 1; {k} was given.")
-        rows = [i for i, own in enumerate(self.kinds) if kind is None or own == kind]
-        if not rows:
-            present = ", ".join(sorted(set(self.kinds)))
-            raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
+        rows = rows_to_rank(self.kinds, kind, k, by)
         values = self.attribution[rows].detach().cpu()
         if prompt is not None:
             n_prompts = values.shape[1]
@@ -340,4 +334,13 @@ def require_heads(result: DirectLogitAttribution) -> None:
     if "head" not in result.kinds:
         raise UnsupportedModelError(
             f'A unit="{result.unit}" result has no head rows: attribute with unit="head".'
+        )
+
+
+def require_input(result: DirectLogitAttribution) -> None:
+    """Raise unless the model can be run again on the result's prompts."""
+    if result.seen.logits is None and not bool(result.prompts.tokens.any()):
+        raise ArgumentError(
+            "The result was made from a cache without its input, and the model must run again:"
+            " pass the prompts as `input` beside the cache."
         )

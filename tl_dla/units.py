@@ -14,9 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.choice import Choice as Choice
-from tl_dla.choice import Unit as Unit
-from tl_dla.choice import require_unit as require_unit
+from tl_dla.choice import Choice, Unit, require_unit
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model import (
     Attention,
@@ -33,8 +31,7 @@ from tl_dla.model import (
 from tl_dla.neurons import ExpertRows, Neurons, largest
 from tl_dla.readout import Readout
 from tl_dla.recording import Probe, Recording
-from tl_dla.refinement import Block, Heads, Refined, Refinement, Row, Rows, Seen, magnitude
-from tl_dla.refinement import upcast as upcast
+from tl_dla.refinement import Block, Heads, Refined, Refinement, Row, Rows, Seen, magnitude, upcast
 from tl_dla.sources import Sources
 from tl_dla.stream import stream_rows
 from tl_dla.sublayers import Experts

@@ -4,7 +4,7 @@ The logits of many vectors over 250 thousand tokens do not fit in memory; what o
 a few numbers. They are accumulated chunk by chunk (a streaming log-sum-exp), in at least float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.attribution import output_transform
 from tl_dla.errors import ArgumentError
-from tl_dla.model import Stream, compute_dtype
+from tl_dla.model import Stream, compute_dtype, output_transform
 from tl_dla.targets import Targets
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some tokens of the vocabulary: their columns of W_U and entries of b_U."""
+
+    part: slice
+    columns: Float[Tensor, "d chunk"]
+    bias: Float[Tensor, " chunk"]
+    model: Any
+
+    def logits(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        """The logits of a normalised stream, after the model's output transform."""
+        return output_transform(self.model, self._raw(y))
+
+    def ratio(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        """The output transform, frozen: transformed / raw."""
+        raw = self._raw(y)
+        return torch.where(raw == 0, 1.0, output_transform(self.model, raw) / raw)
+
+    def _raw(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        return y.to(self.columns) @ self.columns + self.bias
 
 
 class Unembedding:
@@ -38,19 +59,14 @@ class Unembedding:
             x = x @ self.stream.project_out.to(x).mT
         return x.to(self.W_U.device)
 
-    def chunks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """Slices of the vocabulary, each with the function from normalised streams to logits."""
+    def chunks(self) -> Iterator[Chunk]:
+        """The whole vocabulary, `chunk_size` tokens at a time, in at least float32."""
         dtype = compute_dtype(self.W_U.dtype)
         for start in range(0, self.d_vocab, self.chunk_size):
             part = slice(start, min(start + self.chunk_size, self.d_vocab))
-            weight = self.W_U[:, part].to(dtype)
-            bias = None if self.b_U is None else self.b_U[part].to(dtype)
-
-            def logits(y: Tensor, weight: Tensor = weight, bias: Tensor | None = bias) -> Tensor:
-                raw = y.to(weight) @ weight
-                return output_transform(self.model, raw if bias is None else raw + bias)
-
-            yield part, logits
+            columns = self.W_U[:, part].to(dtype)
+            bias = torch.zeros_like(columns[0]) if self.b_U is None else self.b_U[part].to(dtype)
+            yield Chunk(part, columns, bias, self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +93,9 @@ def read_vocabulary(
     ids = None if targets is None else targets.ids.to(states[0].device)
     asked = _values_of(unembed, states, ids)
     read = [_Statistics(None if asked is None else asked[i]) for i in range(len(states))]
-    for part, logits in unembed.chunks():
+    for chunk in unembed.chunks():
         for state, statistics in zip(states, read, strict=True):
-            statistics.add(logits(state), part.start, top_k)
+            statistics.add(chunk.logits(state), chunk.part.start, top_k)
 
     log_z = torch.stack([s.maximum + s.total.log() for s in read]).unsqueeze(-1)
     # H = log Z - E[x], both taken from the maximum, where they are small.
@@ -103,12 +119,13 @@ def _values_of(
         return None
     lead = states[0].shape[:2]
     values: list[Tensor] = [torch.empty(0)] * len(states)
-    for part, logits in unembed.chunks():
+    for chunk in unembed.chunks():
+        part = chunk.part
         inside = (ids >= part.start) & (ids < part.stop)
         if bool(inside.any()) or part.start == 0:
             local = (ids - part.start).clamp(0, part.stop - part.start - 1)
             for i, state in enumerate(states):
-                chosen = logits(state).gather(-1, local.expand(*lead, -1))
+                chosen = chunk.logits(state).gather(-1, local.expand(*lead, -1))
                 values[i] = torch.where(inside, chosen, values[i] if part.start else chosen)
     return torch.stack(values)
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tl_dla.attribution import direct_logit_attribution
+from tl_dla.choice import require_unit
 from tl_dla.cli import tell
 from tl_dla.cli.output import (
     Output,
@@ -24,7 +25,6 @@ from tl_dla.lens import logit_lens
 from tl_dla.loading import load_model
 from tl_dla.result import DirectLogitAttribution
 from tl_dla.tokens import read_positions, read_prompts, token_strings
-from tl_dla.units import require_unit
 
 
 def attribute(args: argparse.Namespace) -> Output:

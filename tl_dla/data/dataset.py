@@ -23,12 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_dla.attribution import direct_logit_attribution
+from tl_dla.choice import Unit, require_unit
 from tl_dla.data.examples import Batch, batches, share
 from tl_dla.data.shards import Folder, Line, RowNames, Shard, make_manifest, read_manifest, stored
 from tl_dla.data.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
 from tl_dla.reconstruction import Reconstruction
-from tl_dla.units import Unit, require_unit
 
 
 def attribute_dataset(

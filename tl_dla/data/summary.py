@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.choice import rows_to_rank
 from tl_dla.data.shards import RowNames, Shard
 from tl_dla.data.statistics import RowStatistics, Sums
 from tl_dla.errors import ArgumentError
@@ -119,14 +120,7 @@ class DatasetAttribution:
         Raises:
             ArgumentError: for an unknown kind or ranking.
         """
-        if by not in ("value", "magnitude"):
-            raise ArgumentError(f'by must be "value" or "magnitude"; {by!r} was given.')
-        if k < 1:
-            raise ArgumentError(f"k must be at least 1; {k} was given.")
-        rows = [i for i, own in enumerate(self.kinds) if kind is None or own == kind]
-        if not rows:
-            present = ", ".join(sorted(set(self.kinds)))
-            raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
+        rows = rows_to_rank(self.kinds, kind, k, by)
         means = self.rows.mean[rows]
         key = means.abs() if by == "magnitude" else means
         order = key.argsort(descending=largest, stable=True)[:k].tolist()

@@ -30,7 +30,6 @@ from tl_dla.effects.interventions import (
     At,
     Group,
     name_groups,
-    require_input,
     run_ablated,
 )
 from tl_dla.effects.recomputed import FinalLogits, written
@@ -39,7 +38,7 @@ from tl_dla.effects.suppression import copy_suppression
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.recording import Probe
 from tl_dla.residual import ResidualStack, vector_probes, walk
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.result import DirectLogitAttribution, require_input
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,14 +30,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.attribution import assemble, make_plan, shaped
+from tl_dla.assembly import shaped
+from tl_dla.attribution import assemble, make_plan
 from tl_dla.choice import Choice
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
 from tl_dla.neurons import Neurons
 from tl_dla.recording import Probe, Recording, run
 from tl_dla.refinement import Heads
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.result import DirectLogitAttribution, require_input
 from tl_dla.targets import Targets
 from tl_dla.tokens import Positions, Prompts
 
@@ -189,15 +190,6 @@ def _place_of_part(result: DirectLogitAttribution, label: str) -> Place | None:
         if found := re.fullmatch(rf"L{refinement.layer}{letter}(\d+)", label):
             return Place(refinement.part.site, int(found[1]), parts)
     return None
-
-
-def require_input(result: DirectLogitAttribution) -> None:
-    """Raise unless the model can be run again on the result's prompts."""
-    if result.seen.logits is None and not bool(result.prompts.tokens.any()):
-        raise ArgumentError(
-            "The result was made from a cache without its input, and the model must run again:"
-            " pass the prompts as `input` beside the cache."
-        )
 
 
 def added_up(

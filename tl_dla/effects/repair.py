@@ -25,9 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.attribution import output_transform
 from tl_dla.effects.interventions import Ablation, At, Group, ablate, added_up, name_groups
-from tl_dla.model import Kind
+from tl_dla.model import Kind, output_transform
 from tl_dla.result import DirectLogitAttribution
 
 if TYPE_CHECKING:

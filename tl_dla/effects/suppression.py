@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tl_dla.attribution import assemble
 from tl_dla.choice import Choice
-from tl_dla.effects.interventions import require_input
 from tl_dla.recording import run
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.result import DirectLogitAttribution, require_input
 
 
 def copy_suppression(
