@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformer_lens.tools.analysis import direct_logit_attribution as transformer_lens_own
 
-from tests.models import all_in_float64, counted, either, load, of_4, strong
+from tests.support.models import all_in_float64, counted, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tests.zoo.reference import reference
 from tl_dla import direct_logit_attribution, required_hooks

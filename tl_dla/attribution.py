@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_dla.assembly import OWN_LOGIT, finish, require
-from tl_dla.baseline import capped_mean, is_linear
-from tl_dla.choice import Choice, Unit, read_choice, require_unit
+from tl_dla.core.assembly import OWN_LOGIT, finish, require
+from tl_dla.core.baseline import capped_mean, is_linear
+from tl_dla.core.decomposition import Plan
+from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.core.taps import Probe, Recording, cache_shape, in_parts, recall, run
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.model import ModelReader, compute_dtype, is_bridge
-from tl_dla.recording import Probe, Recording, cache_shape, in_parts, recall, run
-from tl_dla.result import DirectLogitAttribution
-from tl_dla.targets import Answers, Targets, read_targets
-from tl_dla.tokens import Positions, Prompts, read_positions, read_prompts
-from tl_dla.units import Plan
+from tl_dla.inputs.selection import Choice, Unit, read_choice, require_unit
+from tl_dla.inputs.targets import Answers, Targets, read_targets
+from tl_dla.inputs.tokens import Positions, Prompts, read_positions, read_prompts
+from tl_dla.model.reader import ModelReader, compute_dtype, is_bridge
 
 _CAUSE = (
     "The likeliest causes: a hook of yours changes activations between the places that are read,"

@@ -1,7 +1,7 @@
 """Run the tutorials and keep what they show: `python tutorials/execute.py [NAME.ipynb …]`.
 
 A figure is kept twice: as plotly's JSON, which Jupyter draws, and as a picture, for readers who
-see the file alone. Pictures need Chromium (`tests/browser.py`); progress bars are not kept.
+see the file alone. Pictures need Chromium (`tests/support/browser.py`); progress bars are not kept.
 """
 
 import base64
@@ -37,7 +37,7 @@ def add_pictures(notebook: nbformat.NotebookNode) -> None:
     """Put a PNG beside the JSON of every figure."""
     from plotly.offline import get_plotlyjs
 
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     figures = [out["data"] for out in outputs if FIGURE in out.get("data", {})]

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from tl_dla import attribute_dataset, direct_logit_attribution, load_model
-from tl_dla.ioi import ioi_prompts
+from tl_dla.datasets.ioi import ioi_prompts
 
 console = Console()
 

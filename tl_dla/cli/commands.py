@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from tl_dla.analyses.logit_lens import logit_lens
 from tl_dla.attribution import direct_logit_attribution
-from tl_dla.choice import require_unit
 from tl_dla.cli import tell
 from tl_dla.cli.output import (
     Output,
@@ -20,11 +20,11 @@ from tl_dla.cli.output import (
     lens_output,
     require_writable,
 )
+from tl_dla.core.result import DirectLogitAttribution
 from tl_dla.errors import ArgumentError, TlDlaError
-from tl_dla.lens import logit_lens
+from tl_dla.inputs.selection import require_unit
+from tl_dla.inputs.tokens import read_positions, read_prompts, token_strings
 from tl_dla.loading import load_model
-from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import read_positions, read_prompts, token_strings
 
 
 def attribute(args: argparse.Namespace) -> Output:
@@ -47,7 +47,7 @@ def lens(args: argparse.Namespace) -> Output:
 
 def report(args: argparse.Namespace) -> None:
     """`tl-dla report`."""
-    from tl_dla.report import write_report
+    from tl_dla.report.page import write_report
 
     require_writable(args.out)
     result, _ = attributed(args)
@@ -58,7 +58,7 @@ def report(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> Output:
     """`tl-dla check`."""
-    from tl_dla.checking import check_model
+    from tl_dla.analyses.check_model import check_model
 
     require_writable(args.out)
     read_stdin(args)
@@ -67,8 +67,8 @@ def check(args: argparse.Namespace) -> Output:
 
 def dataset(args: argparse.Namespace) -> Output | None:
     """`tl-dla dataset`; of several processes (`torchrun -m tl_dla dataset …`) the first answers."""
-    from tl_dla.data.dataset import attribute_dataset, process_device
-    from tl_dla.data.examples import read_examples
+    from tl_dla.datasets.dataset import attribute_dataset, process_device
+    from tl_dla.datasets.examples import read_examples
 
     require_unit(args.unit)
     examples = read_examples(args.source, split=args.split)
@@ -86,7 +86,7 @@ def dataset(args: argparse.Namespace) -> Output | None:
 
 def summarize(args: argparse.Namespace) -> Output:
     """`tl-dla summarize`."""
-    from tl_dla.data.dataset import summarize
+    from tl_dla.datasets.dataset import summarize
 
     require_writable(args.out)
     return dataset_output(summarize(args.folder), args)

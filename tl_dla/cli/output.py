@@ -17,17 +17,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tl_dla.analyses.logit_lens import LogitLens
+from tl_dla.core.certificate import Reconstruction
+from tl_dla.core.result import DirectLogitAttribution
 from tl_dla.errors import ArgumentError
-from tl_dla.lens import LogitLens
-from tl_dla.reconstruction import Reconstruction
-from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import token_strings
+from tl_dla.inputs.tokens import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tl_dla.checking import ModelCheck
-    from tl_dla.data.summary import DatasetAttribution
+    from tl_dla.analyses.check_model import ModelCheck
+    from tl_dla.datasets.summary import DatasetAttribution
 
 _SHOWN = 12
 _FILE_WIDTH = 100

@@ -22,6 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.residual import ResidualStack, vector_probes, walk
+from tl_dla.core.result import DirectLogitAttribution, require_input
+from tl_dla.core.taps import Probe
 from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, flags_of, where
 from tl_dla.effects.interventions import (
@@ -36,9 +39,6 @@ from tl_dla.effects.recomputed import FinalLogits, written
 from tl_dla.effects.repair import SelfRepair, compare
 from tl_dla.effects.suppression import copy_suppression
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.recording import Probe
-from tl_dla.residual import ResidualStack, vector_probes, walk
-from tl_dla.result import DirectLogitAttribution, require_input
 
 if TYPE_CHECKING:
     import pandas as pd

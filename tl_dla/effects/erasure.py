@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_dla.core.residual import ResidualStack
+from tl_dla.core.result import DirectLogitAttribution
 from tl_dla.effects.recomputed import written
 from tl_dla.errors import ArgumentError
-from tl_dla.model import Point
-from tl_dla.residual import ResidualStack
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.model.reader import Point
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,17 +30,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.assembly import shaped
 from tl_dla.attribution import assemble, make_plan
-from tl_dla.choice import Choice
+from tl_dla.core.assembly import shaped
+from tl_dla.core.neurons import Neurons
+from tl_dla.core.result import DirectLogitAttribution, require_input
+from tl_dla.core.rows import Heads
+from tl_dla.core.taps import Probe, Recording, run
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
-from tl_dla.neurons import Neurons
-from tl_dla.recording import Probe, Recording, run
-from tl_dla.refinement import Heads
-from tl_dla.result import DirectLogitAttribution, require_input
-from tl_dla.targets import Targets
-from tl_dla.tokens import Positions, Prompts
+from tl_dla.inputs.selection import Choice
+from tl_dla.inputs.targets import Targets
+from tl_dla.inputs.tokens import Positions, Prompts
 
 Group = str | Sequence[str]
 

@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.residual import ResidualStack, vector_probes, walk
+from tl_dla.core.result import DirectLogitAttribution, require_input
+from tl_dla.core.taps import Probe, run
 from tl_dla.effects.interventions import added_up
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.model import output_transform
-from tl_dla.recording import Probe, run
-from tl_dla.residual import ResidualStack, vector_probes, walk
-from tl_dla.result import DirectLogitAttribution, require_input
+from tl_dla.model.reader import output_transform
 
 
 def direct_effect_recomputed(

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.result import DirectLogitAttribution
 from tl_dla.effects.interventions import Ablation, At, Group, ablate, added_up, name_groups
-from tl_dla.model import Kind, output_transform
-from tl_dla.result import DirectLogitAttribution
+from tl_dla.model.reader import Kind, output_transform
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.core.taps import Probe, run
 from tl_dla.errors import ArgumentError
-from tl_dla.model import Site
-from tl_dla.recording import Probe, run
-from tl_dla.result import DirectLogitAttribution
-from tl_dla.tokens import Positions, Prompts, read_prompts
+from tl_dla.inputs.tokens import Positions, Prompts, read_prompts
+from tl_dla.model.reader import Site
 
 Ablation = Literal["zero", "mean", "resample"]
 At = Literal["position", "all"]

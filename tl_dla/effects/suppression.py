@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.attribution import assemble
-from tl_dla.choice import Choice
-from tl_dla.recording import run
-from tl_dla.result import DirectLogitAttribution, require_input
+from tl_dla.core.result import DirectLogitAttribution, require_input
+from tl_dla.core.taps import run
+from tl_dla.inputs.selection import Choice
 
 
 def copy_suppression(

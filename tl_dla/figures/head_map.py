@@ -13,7 +13,7 @@ from tl_dla.figures.charts import in_template, safe
 from tl_dla.figures.view import View, bars, headings, read
 
 if TYPE_CHECKING:
-    from tl_dla.result import DirectLogitAttribution
+    from tl_dla.core.result import DirectLogitAttribution
 
 
 def heads(

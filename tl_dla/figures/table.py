@@ -11,7 +11,7 @@ from tl_dla.figures.charts import number
 from tl_dla.figures.view import View, certificate, fold, logit_name, read, through
 
 if TYPE_CHECKING:
-    from tl_dla.result import DirectLogitAttribution
+    from tl_dla.core.result import DirectLogitAttribution
 
 _WIDTH, _HEIGHT = 150, 16
 _CELL = "padding:1px 10px;text-align:right;white-space:nowrap;border:0;background:none"

@@ -10,10 +10,10 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import number, safe
 from tl_dla.figures.view import View, headings, logit_name, read
-from tl_dla.model import Point, Write
+from tl_dla.model.reader import Point, Write
 
 if TYPE_CHECKING:
-    from tl_dla.result import DirectLogitAttribution
+    from tl_dla.core.result import DirectLogitAttribution
 
 _STEPS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
 _STEP_COLOURS = {"attention": "#8a63a8", "MLP": "#c98a2b", "state space": "#4a9aa5"}

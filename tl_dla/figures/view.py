@@ -11,10 +11,10 @@ from jaxtyping import Float
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts
 from tl_dla.figures.charts import safe, shorten
-from tl_dla.tokens import token_strings
+from tl_dla.inputs.tokens import token_strings
 
 if TYPE_CHECKING:
-    from tl_dla.result import DirectLogitAttribution
+    from tl_dla.core.result import DirectLogitAttribution
 
 
 @dataclass(frozen=True, eq=False)

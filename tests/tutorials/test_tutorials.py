@@ -1,0 +1,183 @@
+"""The notebooks of `tutorials/`: they run from the top, offline, and keep what they show."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from tl_dla.errors import ModelNotFoundError
+from tl_dla.loading import _PACKAGES, _installed_parts
+
+FOLDER = Path(__file__).parents[2] / "tutorials"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+PICTURE, FIGURE = "image/png", "application/vnd.plotly.v1+json"
+# Where each leaves the demo model for a real one, as its cell begins; None for the whole of it.
+REAL_FROM = {
+    "1_which_parts_wrote_this_logit.ipynb": 'smollm2 = load_model("smollm2")',
+    "2_finding_the_ioi_circuit.ipynb": "def study(model, prompts):",
+    "3_folded_or_not.ipynb": 'gemma = load_model("gemma3")',
+    "4_what_attribution_does_not_tell.ipynb": 'real = attribute(load_model("smollm2"))',
+    "5_logit_prisms.ipynb": None,
+}
+# What the cells on the demo model must have come to, by the names that they give it.
+CLAIMS = {
+    "1_which_parts_wrote_this_logit.ipynb": """
+        assert result.reconstruction.passed and contrast.reconstruction.passed
+        assert result.top(1, kind="mlp")[0][1] > result.top(1, kind="attn")[0][1]
+        ids = model.to_tokens(prompt)
+        own = float(model(ids)[0, -1, model.to_single_token(" Paris")])
+        assert abs(own - float(result.attribution.sum())) < 1e-3
+        assert result["3_mlp_out"].item() > 0.5 * own
+        london = both["shared with ' London'"]
+        assert london["0_mlp_out"] > 2 * result["0_mlp_out"].item() and london["3_mlp_out"] < 0
+        assert abs(lens.logit_diff[-1, 0, 0] - points.iloc[-1, 1] - contrast["ln_final.b"]) < 1e-3
+    """,
+    "2_finding_the_ioi_circuit.ipynb": """
+        assert (heads.logit > 0).all() and heads.reconstruction.passed
+        movers = demo_table[demo_table["attention to the answer"] > 0.99]
+        assert set(movers.index) == {"L3H0", "L2H0"} and (movers["logits"] > 3).all()
+        assert demo_table.loc["L1H3", "attention to the repeated name"] > 0.9
+        assert demo_table.loc["L1H3", "to the repeated name's logit"] < -0.5
+        assert abs(heads["L2H0"][0]) < 0.1 and heads["L2H0"][1] > 5 and heads["L3H0"][0] > 5
+        assert heads.heads.mean(-1).min() > -0.1
+        assert (components["ln_final.b"] < 0).tolist() == [True, False] * 4
+    """,
+    "3_folded_or_not.ipynb": """
+        assert abs(naive.sum().item() - truth) > 0.5
+        assert abs(steps["and add β"].item() - truth) < 1e-3
+        assert abs(against_mean.logit.item() - after_single.logit.item()) < 1e-2
+    """,
+    "4_what_attribution_does_not_tell.ipynb": """
+        assert mediator == "L1H3"
+        assert table.loc[mediator, "total"] > 2 * abs(table.loc[mediator, "direct"])
+        assert {label for label, change in repair.top(2)} == {"L3H0", "L2H0"}
+        assert all(change < 0 for _, change in repair.top(2))
+        by_mean = demo.audit(rows=["0_mlp_out"], ablation="mean", progress=False)
+        assert abs(by_mean.total.mean()) < 0.1 < 2 < table.loc["0_mlp_out", "total"]
+        assert torch.allclose(audit.total, audit.direct + audit.indirect, atol=1e-4)
+    """,
+}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execute(notebook: nbformat.NotebookNode) -> None:
+    """Run it in a kernel of this interpreter, with the hub switched off."""
+    kernel = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1"}
+    kernel["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), kernel.get("PYTHONPATH", "")])
+    kernel["PYTHONWARNINGS"] = "ignore"
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(FOLDER), env=kernel)
+
+
+def require_weights(notebook: nbformat.NotebookNode) -> None:
+    source = "\n".join(cell.source for cell in code(notebook))
+    for name in _PACKAGES:
+        if f'load_model("{name}")' in source:
+            try:
+                _installed_parts(name, _PACKAGES[name])
+            except ModelNotFoundError as error:
+                pytest.skip(str(error))
+
+
+def test_there_are_five_tutorials():
+    assert NOTEBOOKS == sorted(REAL_FROM)
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMS))
+def test_the_cells_on_the_demo_model_run_and_hold(name):
+    notebook = read(name)
+    start = REAL_FROM[name]
+    at = next(i for i, c in enumerate(notebook.cells) if c.source.startswith(start))
+    notebook.cells = notebook.cells[:at]
+    claims = "\n".join(line.strip() for line in CLAIMS[name].splitlines())
+    notebook.cells.append(nbformat.v4.new_code_cell(claims))
+    execute(notebook)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_tutorial_runs_from_the_top(name):
+    notebook = read(name)
+    require_weights(notebook)
+    assert any(cell.source.count("assert") >= 3 for cell in code(notebook))
+    execute(notebook)
+
+
+def test_a_claim_that_does_not_hold_fails():
+    notebook = read("1_which_parts_wrote_this_logit.ipynb")
+    notebook.cells = notebook.cells[:4]
+    notebook.cells.append(nbformat.v4.new_code_cell("assert model.cfg.n_layers == 0"))
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        execute(notebook)
+
+
+# ---- what is committed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_outputs_are_kept_of_one_run_from_the_top_without_errors(name):
+    cells = code(read(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert len(outputs) >= 8
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_figure_is_kept_as_a_figure_and_as_a_picture(name):
+    data = [output.get("data", {}) for cell in code(read(name)) for output in cell.outputs]
+    figures = [one for one in data if FIGURE in one]
+    assert figures and all(PICTURE in one for one in figures)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_small_and_says_nothing_of_the_machine_it_ran_on(name):
+    text = (FOLDER / name).read_text()
+    assert len(text) < 1_500_000
+    pictures = re.compile(r'"image/png": "[^"]*"')
+    text = pictures.sub("", text)
+    assert not re.findall(r"/(?:home|root|tmp|work|Users|usr|opt)/[\w.-]+|file://", text)
+    addresses = set(re.findall(r"https?://([\w.-]+)", text))
+    assert addresses <= {"arxiv.org", "neuralblog.github.io"}, addresses
+    assert "<script" not in text and "<iframe" not in text
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_named_and_short(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert max(cell.source.count("\n") for cell in code(notebook)) < 40
+
+
+def test_the_published_values_add_up():
+    """Heads and the published components are of the same eight prompts."""
+    data = json.loads((FOLDER / "data" / "ioi_gpt2_small.json").read_text())
+    for layer, heads in enumerate(data["heads"]):
+        assert sum(heads) == pytest.approx(data["components"][f"{layer}_attn_out"], abs=0.01)
+    mean = sum(data["per_prompt_logit_diff"]) / 8
+    assert sum(data["components"].values()) == pytest.approx(mean, abs=0.01)
+
+
+def test_a_script_executes_them():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tutorials'); import execute"],
+        cwd=FOLDER.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

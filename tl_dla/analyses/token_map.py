@@ -1,0 +1,180 @@
+"""A head as a map from a token that it reads to tokens that it promotes.
+
+With pattern and norms frozen, what a head makes of a token's embedding is one linear map:
+
+    logits = embedding → [ln1] → W_V W_O → [norm after the block] → [ln_final] → W_U
+
+The same map can be applied to any other token's embedding: the head that turns " France" into
+" Paris" may turn " Italy" into " Rome" ("logit prisms", https://neuralblog.github.io/logit-prisms).
+Frozen scales and the attention weight are one positive number for each source token, so they change
+no ranking; without a path to take them from they are 1, and logits are in units of that number.
+Logits are those before a soft cap, which has a ratio for each target token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_dla.analyses.paths import PathPlan
+from tl_dla.attribution import unembedding
+from tl_dla.core.baseline import is_linear
+from tl_dla.core.decomposition import Plan
+from tl_dla.core.readout import Readout
+from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.core.stream_rows import is_rescaled_embedding
+from tl_dla.core.taps import run
+from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.inputs.selection import Choice, place_of_head
+from tl_dla.inputs.targets import Targets, token_ids
+from tl_dla.inputs.tokens import Positions, Prompts, token_strings
+from tl_dla.model.reader import ModelReader, Point, Write
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_CHUNK = 8192  # tokens whose directions are held at once
+
+Tokens = Sequence[str | int] | Int[Tensor, " token"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """The frozen linear map from a source token's embedding to logits, through one head.
+
+    Attributes:
+        model: the model.
+        layer: the head's layer.
+        head: its index.
+        factor: attention weight over frozen scales; 1 where no path gives it.
+    """
+
+    model: Any = field(repr=False)
+    layer: int
+    head: int
+    factor: float
+
+    def __call__(self, sources: Tokens, targets: Tokens) -> Float[Tensor, "source target"]:
+        """What the head adds to the logits of `targets` for the embeddings of `sources`."""
+        rows, columns = _ids(self.model, sources), _ids(self.model, targets)
+        return self._read(_embeddings(self.model, rows), columns)
+
+    def to_dataframe(self, sources: Tokens, targets: Tokens) -> "pd.DataFrame":
+        """The same as a table: a line per source token, a column per target token."""
+        import pandas as pd
+
+        names = [token_strings(self.model, _ids(self.model, x)) for x in (sources, targets)]
+        return pd.DataFrame(self(sources, targets).cpu().numpy(), index=names[0], columns=names[1])
+
+    def top(
+        self, source: str | int, k: int = 10, chunk_size: int = 8192
+    ) -> list[tuple[str, float]]:
+        """The tokens of the whole vocabulary that the head promotes most from a source token."""
+        embedding = _embeddings(self.model, _ids(self.model, [source]))
+        vocab = torch.arange(self.model.W_U.shape[1], device=embedding.device)
+        logits = torch.cat([self._read(embedding, ids)[0] for ids in vocab.split(chunk_size)])
+        best = logits.topk(min(k, len(logits)))
+        names = token_strings(self.model, best.indices)
+        return list(zip(names, best.values.tolist(), strict=True))
+
+    def _read(
+        self, embeddings: Float[Tensor, "source d_model"], targets: Int[Tensor, " target"]
+    ) -> Float[Tensor, "source target"]:
+        direction = _direction(ModelReader(self.model), self.layer, self.head, targets)
+        return embeddings.to(direction) @ direction.mT * self.factor
+
+
+def token_map(
+    model: Any, layer: int, head: int, *, path: DirectLogitAttribution | None = None
+) -> TokenMap:
+    """The frozen linear map from a source token's embedding to output logits, through one head.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        layer: the head's layer.
+        head: its index.
+        path: a result of `attribute_path` through this head, for one prompt and position: its
+            attention weight and norm scales are used, so that the map of the path's own source
+            token is the path's `embed` row.
+
+    Raises:
+        ArgumentError: for a head that the model does not have, or a path through another.
+        UnsupportedModelError: where values are not one linear map of the embedding.
+
+    Example:
+        >>> from tl_dla import load_model, token_map
+        >>> promote = token_map(load_model("demo"), 1, 0)
+        >>> promote([" Paris", " London"], [" France", " England", " Italy"]).shape
+        torch.Size([2, 3])
+    """
+    reader, label = ModelReader(model), f"L{layer}H{head}"
+    place_of_head(reader, label)
+    if path is None:
+        _direction(reader, layer, head, torch.zeros(1, dtype=torch.long))  # refused now or never
+        return TokenMap(model, layer, head, 1.0)
+    plan = path.plan
+    if not isinstance(plan, PathPlan) or [x.partition("←")[0] for x in path.path] != [label]:
+        raise ArgumentError(f"path must be a result of attribute_path through {label} alone.")
+    if path.ratio.shape[:2] != (1, 1):
+        raise ArgumentError("path must be of one prompt and one attributed position.")
+    # The path's readout of the embedding is this one times the factor.
+    direction = _direction(reader, layer, head, path.targets.ids.reshape(-1)[:1])[0]
+    scales = {name: x for name, x in path.seen.values.items() if x.ndim == 2}
+    frozen = _of_embedding(plan).frozen(scales)
+    own = frozen.direction[0, 0, 0].to(direction)
+    own = own if frozen.scale is None else own / frozen.scale[0, 0].to(own)
+    ratio = path.ratio[0, 0, 0].to(own) if is_linear(model) else 1.0
+    return TokenMap(model, layer, head, float(ratio * (own @ direction) / direction.square().sum()))
+
+
+def _direction(
+    reader: ModelReader, layer: int, head: int, targets: Int[Tensor, " target"]
+) -> Float[Tensor, "target d_model"]:
+    """Each target's readout of the embedding through the head, every scale left out."""
+    weights = torch.eye(len(targets), dtype=torch.float64)
+    columns, _ = unembedding(reader.model, Targets(targets.reshape(1, 1, -1), weights))
+    plan = Plan(reader, columns, None, "head", choice=Choice(layers=(layer,)))
+    [(attention, _, heads)] = plan.attention
+    if reader.mixing(layer).gate is not None:
+        raise UnsupportedModelError(
+            f"{reader.architecture} multiplies what the heads of layer {layer} mix by a gate that"
+            " differs from prompt to prompt, so they are no map from tokens to tokens."
+        )
+    values = heads.direction[..., head, :]
+    nowhere = torch.zeros(1, 1, dtype=torch.long)
+    source = Positions(nowhere, nowhere == 0, True, False)
+    ratio = torch.ones_like(values[..., 0])
+    path = PathPlan(plan, (layer, head), values, source, ratio, "component", Choice())
+    return _of_embedding(path).direction[0, 0]
+
+
+def _of_embedding(plan: Plan) -> Readout:
+    for step, readout in plan.steps:
+        if isinstance(step, Write) and step.label == "embed":
+            return readout
+    raise UnsupportedModelError(f"{plan.reader.architecture} shows no token embedding.")
+
+
+def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    """What the stream starts with for each token, from a run of prompts of that token alone."""
+    d = model.W_U.shape[0]
+    plan = Plan(ModelReader(model), torch.zeros(1, 1, 1, d, device=ids.device), None, "component")
+    probes = [probe for probe in plan.probes if probe.key.startswith("vector ")]
+    start = torch.zeros_like(ids)
+    positions = Positions(start[:, None], (start == 0)[:, None], True, False, shared=0)
+    prompts = Prompts(ids[:, None], start, start + 1)
+    seen = run(model, prompts, positions, probes, None).values
+    embed = seen.pop("vector embed")
+    [stream] = seen.values()
+    alone = getattr(plan.steps[0][0], "label", "") == "embed" and isinstance(
+        plan.steps[1][0], Point
+    )
+    rescaled = alone and is_rescaled_embedding(embed, stream)
+    return (stream if rescaled else embed)[:, 0]
+
+
+def _ids(model: Any, tokens: Tokens) -> Int[Tensor, " token"]:
+    return token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()

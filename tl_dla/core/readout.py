@@ -1,0 +1,111 @@
+"""`Readout`: a logit as a direction and a scale, pulled back through frozen maps.
+
+With every norm's scale s frozen at its value in this forward pass, a logit is linear in the final
+residual stream x:
+
+    logit = x · w / s  +  β · u  +  b_U,     u = W_U[:, token],   w = γ ⊙ u  (LayerNorm: centred)
+
+A readout is such a direction w, and the norms whose scales it is divided by. Pulling it back
+through one more linear map (another norm, W_O, W_out, a multiplier) gives the readout of the place
+before that map, and the dot product with what is there says what that place wrote to the logit.
+Only the direction travels, d_model numbers a token; activations never do. The division by the
+scales waits for the end, so the direction is known before the forward pass starts.
+
+Folded weights are the special case γ = 1, β = 0. Frozen scales are the convention of
+`ActivationCache.apply_ln_to_stack` and of Elhage et al. 2021 (https://transformer-circuits.pub/2021/framework).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.model.reader import Norm, compute_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """How a logit is read off at one place: `activation · direction / scale`.
+
+    Attributes:
+        direction: `[*lead, d]`; `lead` is `*batch_and_pos` in `result.readout`, and
+            `batch pos token` (with 1 where it is shared) inside the package. d is `d_model` on the
+            residual stream, `head d_head` at the heads, `d_mlp` at the neurons.
+        norms: the norms between this place and the logit; their frozen scales divide.
+        scale: the product of those scales, `[*lead]`; None until a forward pass has shown it.
+
+    Example:
+        >>> import torch
+        >>> readout = Readout(torch.tensor([[1.0, -1.0]]), scale=torch.tensor([2.0]))
+        >>> readout.of(torch.tensor([[[3.0, 1.0]], [[0.0, 4.0]]]))
+        tensor([[ 1.],
+                [-2.]])
+    """
+
+    direction: Float[Tensor, "..."]
+    norms: tuple[Norm, ...] = ()
+    scale: Float[Tensor, "..."] | None = None
+
+    def of(self, stack: Any) -> Float[Tensor, "..."]:
+        """What vectors at this place write to the logit, in logits.
+
+        Takes `[row, *lead, d]`, or a `ResidualStack`, to `[row, *lead]`.
+        """
+        stack = getattr(stack, "vectors", stack).to(self.direction.dtype)
+        value = (stack * self.direction).sum(-1)
+        return value if self.scale is None else value / self.scale
+
+    def times(self, factor: float) -> "Readout":
+        """Back through a multiplication by a number."""
+        return self if factor == 1.0 else replace(self, direction=self.direction * factor)
+
+    def through_norm(self, norm: Norm) -> "Readout":
+        """Back through a norm with its scale frozen: γ ⊙ w, less its mean where it centres."""
+        direction = self.direction
+        if norm.gamma is not None:
+            direction = direction * norm.gamma.to(direction)
+        if norm.centred:
+            direction = direction - direction.mean(-1, keepdim=True)
+        return replace(self, direction=direction, norms=(*self.norms, norm))
+
+    def through_linear(self, weight: Float[Tensor, "*place d"]) -> "Readout":
+        """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""
+        weight = weight.to(self.direction)
+        *place, d = weight.shape
+        lead = self.direction.shape[:-1]
+        # The weight first: reading it is most of the work where few tokens are attributed.
+        direction = (weight.reshape(-1, d) @ self.direction.reshape(-1, d).mT).mT
+        return replace(self, direction=direction.contiguous().reshape(*lead, *place))
+
+    def of_bias(self, bias: Float[Tensor, " d"]) -> Float[Tensor, "..."]:
+        """What a constant at this place writes, before the division by the scales."""
+        return self.direction @ bias.to(self.direction)
+
+    def contract(
+        self, activation: Float[Tensor, "batch pos *place"]
+    ) -> Float[Tensor, "batch pos token *inner"]:
+        """The dot product over the last axis, before the division by the scales.
+
+        `[batch, pos, d]` gives `[batch, pos, token]`; `[batch, pos, head, d_head]` gives
+        `[batch, pos, token, head]`.
+        """
+        x = activation.to(compute_dtype(activation.dtype))
+        w = self.direction.to(x)
+        if w.shape[1] == 1 and x.ndim == 3:  # one direction for every position
+            return x @ w[:, 0].mT
+        if w.shape[2] <= 4:  # few tokens: reads z as it lies, where einsum transposes it first
+            return torch.linalg.vecdot(x[:, :, None], w)
+        inner = "h" if x.ndim == 4 else ""
+        w, p = (w, "p") if w.shape[1] > 1 else (w[:, 0], "")
+        return torch.einsum(f"bp{inner}d,b{p}t{inner}d->bpt{inner}", x, w)
+
+    def frozen(self, scales: Mapping[str, Float[Tensor, "batch pos"]]) -> "Readout":
+        """The same readout once the scales are known."""
+        product = None
+        for norm in self.norms:
+            scale = scales[norm.name].to(self.direction)
+            product = scale if product is None else product * scale
+        return replace(self, scale=product)

@@ -1,0 +1,1 @@
+"""How a model is read: one reader a part."""
