@@ -1,17 +1,20 @@
 """load_model gives the published model, converts it at most once, and says why it cannot."""
 
+import inspect
 import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import errors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tl_dla import loading
-from tl_dla.errors import ModelNotFoundError, UnsupportedModelError
+from tl_dla import direct_logit_attribution, loading
+from tl_dla.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
 from tl_dla.loading import load_model
 
 WORDS = ["<s>", "</s>", "c", "a", "t", "d", "o", "g", "Ġ", "at", "cat", "do", "dog"]
@@ -112,6 +115,15 @@ def test_device_and_dtype_are_those_asked_for(folder):
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
+def test_a_dtype_may_be_a_word(folder):
+    for dtype in ("bfloat16", "torch.bfloat16"):
+        model = load_model(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for dtype in ("int8", torch.int8, "float99"):
+        with pytest.raises(ArgumentError, match="dtype must be a floating-point type"):
+            loading._dtype(dtype)
+
+
 def test_loading_says_nothing_on_stdout(folder, capsys):
     load_model(folder)
     assert capsys.readouterr().out == ""
@@ -144,6 +156,25 @@ def test_a_gguf_file_without_all_weights_is_refused(tmp_path, cache):
     ):
         load_model(partial)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [2, 30, 200, 0.25, 0.5, 0.999])
+def test_a_truncated_gguf_file_is_called_truncated(gguf_file, cache, kept):
+    whole = gguf_file.read_bytes()
+    gguf_file.write_bytes(whole[: kept if kept > 1 else int(kept * len(whole))])
+    fragment = "no GGUF file" if kept == 2 else "tiny.gguf is truncated: it ends after"
+    with pytest.raises(UnsupportedModelError, match=fragment):
+        load_model(gguf_file)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_conversion_says_what_it_writes_and_where(gguf_file, cache, capsys):
+    load_model(gguf_file)
+    told = capsys.readouterr().err
+    (written,) = cache.glob("*/model.safetensors")
+    assert f"this once: {written.stat().st_size / 1e6:.0f} MB into {written.parent}" in told
+    load_model(gguf_file)
+    assert "Converting" not in capsys.readouterr().err
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(gguf_file, cache, monkeypatch):
@@ -230,6 +261,124 @@ def test_a_model_that_is_not_there_is_one_sentence(name, fragment, tmp_path, mon
         load_model(name)
     assert isinstance(error.value, FileNotFoundError)
     assert "\n" not in str(error.value)
+
+
+# ---- the hub -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smolm2", "'smollm2'"),
+        ("gpt3", "'gpt2'"),
+        ("EleutherAI/pythia-70", "'EleutherAI/pythia-70m"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_closest(name, meant, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match=f"Did you mean .*{meant}"):
+        load_model(name)
+
+
+def test_a_name_that_the_hub_does_not_know_is_asked_for_once(monkeypatch):
+    asked = []
+
+    def unknown(url, **_):
+        asked.append(url)
+        response = SimpleNamespace(headers={}, request=None)
+        raise errors.RepositoryNotFoundError("404", response=response)
+
+    monkeypatch.setattr(loading, "_boot", lambda *_, **__: pytest.fail("the loaders were asked"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unknown)
+    with pytest.raises(ModelNotFoundError, match="has no such model.*Did you mean 'gpt2'"):
+        load_model("gptt2")
+    assert asked == ["https://huggingface.co/gptt2/resolve/main/config.json"]
+
+
+def test_a_name_that_the_hub_knows_is_loaded_from_it(folder, monkeypatch):
+    booted = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(loading, "_boot", lambda *args, **named: booted.append((args, named)))
+    load_model("someone/tiny", device="cpu")
+    assert booted == [(("someone/tiny", "cpu", torch.float32), {"hub_id": "someone/tiny"})]
+
+
+# ---- models at hand ----------------------------------------------------------------------------
+
+
+def test_a_loaded_transformers_model_is_wrapped(folder):
+    hf_model = Qwen2ForCausalLM.from_pretrained(folder)
+    weight = hf_model.model.norm.weight
+    assert_same_model(load_model(hf_model))  # its own folder leads to its tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(tiny_model(), tokenizer)
+    assert_same_model(model)
+    assert any(parameter is weight for parameter in load_model(hf_model).parameters())
+    assert load_model(hf_model.to(torch.bfloat16)).W_U.dtype == torch.bfloat16
+    direct_logit_attribution(model.train().eval(), TOKENS, 5, unit="head")
+
+
+def test_a_loaded_model_without_a_tokenizer_is_asked_for_one():
+    with pytest.raises(ArgumentError, match="No tokenizer is found for this Qwen2ForCausalLM"):
+        load_model(tiny_model())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_loaded_bridge_is_returned_as_it_is(folder):
+    model = load_model(folder)
+    assert load_model(model) is model
+    assert load_model(torch.compile(model)) is model
+    with pytest.raises(ArgumentError, match="returned as it is: use its own"):
+        load_model(model, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("given", [None, 5, {"a": 1}, torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_model_is_one_sentence(given):
+    with pytest.raises(ArgumentError, match="A model is a name, a path or a loaded model"):
+        inspect.unwrap(load_model)(given)
+
+
+def test_a_loaded_model_without_weights_is_refused(folder):
+    with torch.device("meta"):
+        empty = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder))
+    with pytest.raises(ArgumentError, match="meta device, where they hold no numbers"):
+        load_model(empty)
+
+
+def adapted(folder):
+    """A LoRA of the tiny model, with weights that are not zero."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"])
+    model = peft.get_peft_model(Qwen2ForCausalLM.from_pretrained(folder), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")
+def test_an_adapted_model_is_merged_on_a_copy(folder, tmp_path):
+    model = adapted(folder)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert not torch.allclose(expected, tiny_model()(TOKENS).logits, atol=1e-2)
+    merged = load_model(model)
+    model.save_pretrained(tmp_path / "lora")
+    for loaded in (merged, load_model(tmp_path / "lora")):
+        torch.testing.assert_close(loaded(TOKENS).detach(), expected, rtol=0, atol=1e-5)
+        assert direct_logit_attribution(loaded, TOKENS, 5, unit="head").reconstruction.passed
+    with torch.no_grad():  # the adapter is where it was
+        assert any("lora" in name for name, _ in model.named_parameters())
+        torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+def test_an_adapter_needs_peft(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="peft is needed: pip install 'tl-dla.peft.'"):
+        load_model(tmp_path)
 
 
 def test_the_demo_is_of_the_preferred_class():

@@ -7,46 +7,122 @@ rows that no component writes: `ln_final.b` = β · u and `b_U`. In logits. A ro
 wrote *directly*: nothing about what later parts made of it, nor what removing it would do.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_dla.core.assembly import OWN_LOGIT, finish, require
-from tl_dla.core.baseline import capped_mean, is_linear
-from tl_dla.core.decomposition import Plan
-from tl_dla.core.result import DirectLogitAttribution
-from tl_dla.core.taps import Probe, Recording, cache_shape, in_parts, recall, run
-from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.inputs.selection import Choice, Unit, read_choice, require_unit
-from tl_dla.inputs.targets import Answers, Targets, read_targets
-from tl_dla.inputs.tokens import Positions, Prompts, read_positions, read_prompts
-from tl_dla.model.reader import ModelReader, compute_dtype, is_bridge
+from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
+from tl_dla.core.certificate import Check, require_check
+from tl_dla.core.readout import Readout
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import CAUSE, readout_of, run
+from tl_dla.effects.audit import Audit, audit
+from tl_dla.effects.interventions import Group
+from tl_dla.effects.substitutes import Ablation, At
+from tl_dla.figures.attention_view import AttentionStyle
+from tl_dla.inputs.caches import read_cache, read_cached_prompts
+from tl_dla.inputs.models import require_eval, require_model
+from tl_dla.inputs.positions import read_positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Unit, read_selection, require_unit
+from tl_dla.inputs.targets import Answers, read_targets, require_answer
+from tl_dla.inputs.tokens import Input, read_prompts, texts_of
+from tl_dla.model.reader import ModelReader
+from tl_dla.report.page import write_report
 
-_CAUSE = (
-    "The likeliest causes: a hook of yours changes activations between the places that are read,"
-    " or the model does something to the stream that was not understood;"
-    " check_model(model, tokens) shows where."
-)
+
+class DirectLogitAttribution(Attribution):
+    """What each part of the model wrote to a logit, and what can be asked of it next.
+
+    See `Attribution` for its rows. `plot`, `top` and the tables are there too; what needs the model
+    again is here.
+    """
+
+    @property
+    def readout(self) -> Readout:
+        """The readout of the final residual stream.
+
+        `readout.of(stack)` of what rows wrote is the attribution (see `decompose`); the bias rows
+        are not in the stream.
+
+        Raises:
+            ArgumentError: for a result over several candidates, which has a readout for each, and
+                for a path, whose rows are not in the final stream.
+        """
+        return readout_of(self)
+
+    def promoted_tokens(
+        self, label: str, k: int = 10, *, prompt: int | None = None, position: int | None = None
+    ) -> PromotedTokens:
+        """The tokens whose logits a row raises and lowers most, whatever was attributed.
+
+        Args:
+            label: the row.
+            k: how many tokens of each.
+            prompt: which prompt of a batch.
+            position: which of the attributed positions, an index into them.
+
+        Raises:
+            ArgumentError: for a row that no single part of the model writes, or where `prompt` or
+                `position` is needed.
+        """
+        return promoted_tokens(self, label, k, prompt=prompt, position=position)
+
+    def audit(
+        self,
+        k: int = 10,
+        *,
+        rows: Sequence[Group] | None = None,
+        ablation: Ablation = "zero",
+        at: At = "position",
+        reference: Any = None,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> Audit:
+        """The k largest rows beside what intervention says of them; see `tl_dla.effects.audit`."""
+        return audit(
+            self,
+            k,
+            rows=rows,
+            ablation=ablation,
+            at=at,
+            reference=reference,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        prompt: int = 0,
+        k: int | None = None,
+        attention: AttentionStyle = "patterns",
+        command: str | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page; see `tl_dla.report.page.write_report`."""
+        return write_report(self, path, prompt=prompt, k=k, attention=attention, command=command)
 
 
 def direct_logit_attribution(
     model: Any,
-    input: str | Sequence[str] | Int[Tensor, "*batch pos"] | None = None,
+    input: Input | None = None,
     answer_tokens: Answers | None = None,
     incorrect_tokens: Answers | None = None,
     *,
     unit: Unit = "component",
     pos: Any = -1,
     cache: Any = None,
-    candidate_tokens: Sequence[str | int] | Int[Tensor, " candidate"] | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[str] | None = None,
+    candidate_tokens: str | int | Sequence[str | int] | Int[Tensor, " candidate"] | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: str | Sequence[str] | None = None,
     top_neurons: int | None = None,
     include_bias: bool = True,
-    check: Literal["raise", "warn", "off"] = "raise",
+    check: Check = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
     prepend_bos: bool | None = None,
 ) -> DirectLogitAttribution:
@@ -110,150 +186,21 @@ def direct_logit_attribution(
         True
     """
     require_unit(unit)
-    if check not in ("raise", "warn", "off"):
-        raise ArgumentError(f'check must be "raise", "warn" or "off"; {check!r} was given.')
-    reader = ModelReader(model)
-    choice = read_choice(reader, unit, layers, heads, top_neurons)
-    prompts = _prompts(model, input, cache, prepend_bos, attention_mask)
-    positions = read_positions(pos, prompts)
-    texts = [input] if isinstance(input, str) else input if isinstance(input, list) else None
-    batch = prompts.tokens.shape[0]
-    targets = read_targets(
-        model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
-    )
+    require_check(check)
+    require_answer(answer_tokens, candidate_tokens)
+    model = require_model(model)
+    selection = read_selection(ModelReader(model), unit, layers, heads, top_neurons)
+    options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     if cache is None:
         require_eval(model)
-    parts = [slice(None)] if cache is not None else in_parts(model, positions)
-
-    def read(probes_of: Callable[[slice], Sequence[Probe]], of: Targets | None) -> Recording:
-        if cache is not None:
-            start = prompts.start if bool(prompts.start.any()) else None
-            return recall(reader, cache, start, positions, probes_of(slice(None)))
-        seen = []
-        for rows in parts:
-            some, at = prompts.part(rows), positions.part(rows)
-            seen.append(run(model, some, at, probes_of(rows), of and of.part(rows)))
-        return Recording.joined(seen)
-
-    mean = None
-    if targets.mean_of_vocab and not is_linear(model):
-        mean = capped_mean(reader, lambda probes: read(lambda _: probes, None))
-
-    def plan_of(rows: slice) -> Plan:
-        of_mean = None if mean is None else (mean[0][rows], mean[1][rows])
-        return make_plan(reader, targets.part(rows), unit, include_bias, choice, of_mean)
-
-    plan = plan_of(slice(None))
-    seen = read(lambda rows: (plan if len(parts) == 1 else plan_of(rows)).probes, targets)
-    return assemble(
-        plan, seen, prompts, positions, targets, check=check, from_cache=cache is not None
-    )
-
-
-def make_plan(
-    reader: ModelReader,
-    targets: Targets,
-    unit: Unit,
-    include_bias: bool,
-    choice: Choice | None = None,
-    mean: tuple[Float[Tensor, "batch pos 1 d"], Float[Tensor, "batch pos 1"]] | None = None,
-) -> Plan:
-    """The plan for these targets: their columns of W_U and their biases, pulled back.
-
-    `mean` is the vocabulary's mean capped logit (see `baseline.py`), which is then the last target.
-    """
-    unembed, b_U = unembedding(reader.model, targets)
-    if mean is not None:
-        lead = mean[0].shape[:2]
-        unembed = torch.cat([unembed[:, :, :-1].expand(*lead, -1, -1), mean[0]], 2)
-        if b_U is not None:
-            b_U = torch.cat([b_U[:, :, :-1].expand(*lead, -1), mean[1]], 2)
-    plan = Plan(reader, unembed, b_U, unit, include_bias, choice)
-    plan.transformed = mean is not None
-    return plan
-
-
-def unembedding(
-    model: Any, targets: Targets
-) -> tuple[Float[Tensor, "#batch #pos token d"], Float[Tensor, "#batch #pos token"] | None]:
-    """The targets' columns of W_U and entries of b_U, in at least float32; None for no b_U."""
-    W_U, b_U = model.W_U.detach(), getattr(model, "b_U", None)
-    dtype = compute_dtype(W_U.dtype)
-    ids = targets.ids.to(W_U.device)
-    columns = W_U.mT[ids].to(dtype)
-    if targets.mean_of_vocab:
-        mean = W_U.mean(1, dtype=dtype).expand(*ids.shape[:2], 1, -1)
-        columns = torch.cat([columns, mean], 2)
-    if b_U is None or not bool(b_U.any()):
-        return columns, None
-    bias = b_U.detach()[ids].to(dtype)
-    if targets.mean_of_vocab:
-        bias = torch.cat([bias, b_U.mean(dtype=dtype).expand(*ids.shape[:2], 1)], 2)
-    return columns, bias
-
-
-def assemble(
-    plan: Plan,
-    seen: Recording,
-    prompts: Prompts,
-    positions: Positions,
-    targets: Targets,
-    *,
-    check: Literal["raise", "warn", "off"],
-    from_cache: bool,
-) -> DirectLogitAttribution:
-    """Rows, output transform, certificate and result, from what the pass has shown."""
-    rows = plan.rows(seen, positions, targets.weights)
-    ratio = plan.ratio(seen, rows.total)
-    logits = rows.total * ratio if seen.logits is None else seen.logits.to(ratio)
-    expected = logits
-    if not plan.include_bias:
-        for bias in (plan.final_beta, plan.b_U):
-            expected = expected if bias is None else expected - bias.to(ratio) * ratio
-    against = "the cache's final residual stream, read out" if from_cache else OWN_LOGIT
-    result = finish(plan, seen, rows, ratio, expected, logits, against, prompts, positions, targets)
-    require(result, _CAUSE, check)
-    return result
-
-
-def _prompts(model: Any, input: Any, cache: Any, prepend_bos: Any, mask: Any) -> Prompts:
-    if cache is None:
-        if input is None:
-            raise ArgumentError("Give `input` to run the model on, or a `cache` of such a run.")
-        return read_prompts(model, input, prepend_bos=prepend_bos, attention_mask=mask)
-    batch, pos = cache_shape(cache)
-    if input is None:  # a full cache of a bridge holds its tokens
-        held = cache.cache_dict.get("embed.hook_in", torch.empty(0))
-        input = held if held.numel() == batch * pos and not held.is_floating_point() else None
-    if input is None:
-        device = next(iter(model.parameters())).device
-        tokens = torch.zeros(batch, pos, dtype=torch.long, device=device)
-        length = torch.full((batch,), pos, device=device)
-        return Prompts(tokens, torch.zeros_like(length), length)
-    if not isinstance(input, Tensor):  # laid out as TransformerLens laid them out
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        input = model.to_tokens(input, **options)
-    prompts = read_prompts(model, input, attention_mask=mask)
-    if tuple(prompts.tokens.shape) != (batch, pos):
-        raise TokenError(
-            f"The input has {tuple(prompts.tokens.shape)} tokens [batch, pos], the cache"
-            f" {(batch, pos)}: they are not of the same run."
-        )
-    return prompts
-
-
-def require_eval(model: Any) -> None:
-    """Raise unless every module is in evaluation mode.
-
-    A `HookedTransformer` has no dropout, and `from_pretrained` leaves it in training mode; only
-    attention that scales with the length of the prompt asks for the mode.
-    """
-    by_length = ("use_logn_attn", "use_dynamic_ntk_rope")
-    if not is_bridge(model) and not any(getattr(model.cfg, name, False) for name in by_length):
-        return
-    if any(module.training for module in model.modules()):
-        where = next(name for name, module in model.named_modules() if module.training)
-        raise ArgumentError(
-            f"The model is in training mode ({where or 'the model'}): dropout would change its"
-            " logits. Call model.eval() first."
-        )
+        prompts = read_prompts(model, input, **options)
+    else:
+        cache = read_cache(model, cache)
+        prompts = read_cached_prompts(model, input, cache, **options)
+    positions = read_positions(pos, prompts)
+    answers = (answer_tokens, incorrect_tokens, candidate_tokens)
+    targets = read_targets(model, *answers, len(prompts.tokens), positions, texts_of(input))
+    has_batch = cache is None or cache.has_batch_dim
+    query = Query(model, prompts, positions, targets, include_bias, has_batch)
+    once = run(query, unit, selection, cache=cache)
+    return once.result(DirectLogitAttribution).certified(check, CAUSE)

@@ -174,8 +174,8 @@ def test_prompts_of_different_lengths_give_what_each_gives_alone(llama):
 def test_ranked_as_the_result_ranks_them(result):
     heads = top_heads_with_patterns(result, 2)
     best, worst = (
-        result.top(2, kind="head", mean=True),
-        result.top(2, kind="head", mean=True, largest=False),
+        result.top(2, kind="head"),
+        result.top(2, kind="head", largest=False),
     )
     assert [head.label for head in heads] == [label for label, _ in best + worst]
     assert [f"L{head.layer}H{head.head}" for head in heads] == [head.label for head in heads]

@@ -17,8 +17,9 @@ from tl_dla import (
     direct_logit_attribution,
     logit_lens,
 )
-from tl_dla.analyses.vocabulary import Unembedding, read_vocabulary
+from tl_dla.analyses.vocabulary import read_vocabulary
 from tl_dla.errors import ArgumentError
+from tl_dla.model.unembedding import Unembedding
 
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
 of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="booted with TransformerLens 4")

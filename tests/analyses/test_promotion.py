@@ -164,7 +164,7 @@ def test_the_map_of_a_paths_own_token_is_the_paths_embedding(name):
     frozen = token_map(model, 2, 3, path=path)
     got = frozen([source], targets)[0]
     capped = name in ("gemma2", "nanochat")  # the map is of the logits before the cap
-    expected = path["embed"][0] / (path.ratio[0, 0] if capped else 1.0)
+    expected = path["embed"][0] / (path.numbers.ratio[0, 0] if capped else 1.0)
     torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
     free = token_map(model, 2, 3)
     torch.testing.assert_close(

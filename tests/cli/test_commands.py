@@ -1,25 +1,21 @@
 """The command gives the library's numbers, in every form, and one line where it cannot."""
 
 import argparse
-import ast
 import io
 import json
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pandas as pd
 import pytest
 import torch
 
-import tl_dla
 from tests.zoo.build import build
 from tl_dla import direct_logit_attribution, logit_lens
 from tl_dla.analyses.check_model import Identity, ModelCheck
-from tl_dla.cli import _parser, main
-from tl_dla.cli.output import check_output
+from tl_dla.cli import main
+from tl_dla.cli.answers import check_output
 from tl_dla.inputs.selection import Unit
 from tl_dla.loading import load_model
 
@@ -64,7 +60,8 @@ def test_json_says_what_was_asked_and_with_what(run, folder):
     assert record["command"] == f"tl-dla attribute '{PROMPT}' --answer w8 --json --model {folder}"
     assert (record["model"], record["prompt"], record["unit"]) == (folder, PROMPT, "component")
     assert (record["position"], record["token"]) == (5, "w8")
-    assert (record["answer"], record["incorrect"]) == ({"id": 8, "token": "w8"}, [])
+    assert (record["answer"]["id"], record["answer"]["token"]) == (8, "w8")
+    assert record["incorrect"] == []
     assert record["prediction"] is None
     assert record["versions"]["torch"] == torch.__version__
     assert set(record["versions"]) == {
@@ -96,13 +93,15 @@ def test_without_an_answer_the_models_own_prediction_is_attributed(run, folder, 
     assert main(["attribute", PROMPT, "--json", "--pos", "1", "--model", folder]) == 0
     out, err = capsys.readouterr()
     record, best = json.loads(out), int(own_logits[1].argmax())
-    assert record["answer"] == {"id": best, "token": f"w{best}"}
+    assert record["answer"] == record["prediction"]
+    assert (record["answer"]["id"], record["answer"]["rank"]) == (best, 0)
     probability = float(own_logits[1].softmax(-1)[best])
     assert record["prediction"]["probability"] == pytest.approx(probability, abs=1e-6)
     assert record["logit"] == pytest.approx(float(own_logits[1, best]), abs=1e-5)
     assert f"the model's own prediction, 'w{best}'" in err
     table = run("attribute", PROMPT, "--pos", "1")
-    assert f"'w{best}'   (the model's own prediction, probability {probability:.1%})" in table
+    said = f"probability 'w{best}' {100 * probability:.3g}% #0 (the model's own prediction)"
+    assert said in table
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,10 @@ def test_the_table_shows_the_rows_that_matter_and_adds_up(run, folder):
     assert everything == pytest.approx(numbers[total], abs=5e-4)
     assert numbers[own] == pytest.approx(float(result.logit), abs=5e-5)
     assert (total, own) == ("all rows", "model's own logit")
-    assert "'w8' − 'w9'\nat position 5, 'w8', unit=\"head\"\n" in text
+    assert text.startswith(
+        "logit difference 'w8' − 'w9'\n"
+        f"at position 5, 'w8', of {PROMPT!r}, unit=\"head\"\nprobability 'w8' "
+    )
     assert "✓ rows add up to the model's own logit" in text
 
 
@@ -227,7 +229,7 @@ def test_the_lens_gives_the_librarys_numbers_and_ends_at_the_models_own(run, fol
     assert [last[2], last[4], last[7]] == own
     assert last[3] == f"#{answer['rank']}"
     crowded = run("lens", PROMPT, "--top", "20").splitlines()
-    assert [line.split()[0] for line in crowded[4:]] == lens.labels
+    assert [line.split()[0] for line in crowded[5:]] == lens.labels
     assert len(pd.read_csv(io.StringIO(run(*given, "--csv")))) == len(readings)
 
 
@@ -236,17 +238,24 @@ def test_check_shows_every_identity(run):
     assert record["passed"] is True
     assert len(record["identities"]) == 8
     assert all(i["relative_error"] <= i["tolerance"] for i in record["identities"])
-    assert "✓ every identity holds" in run("check", PROMPT)
+    verdict = "✓ GPT2LMHeadModel: all 8 identities hold\n"
+    assert run("check", PROMPT) == verdict
+    every = run("check", PROMPT, "-v")
+    assert every.endswith(verdict)
+    assert all(f"✓  {one['identity']}\n" in every for one in record["identities"])
 
 
 def test_a_model_that_fails_its_check_gives_exit_code_1(run, monkeypatch):
     identities = [Identity(0, "good", 0.0, 0.0, 1e-6), Identity(1, "bad", 0.5, 0.1, 1e-6)]
     failing = ModelCheck("Odd", identities, "its heads")
-    assert check_output(failing, argparse.Namespace(model="", prompt="")).code == 1
+    assert check_output(failing, argparse.Namespace(model="", prompt="", verbose=False)).code == 1
     monkeypatch.setattr("tl_dla.analyses.check_model.check_model", lambda *_: failing)
     text = run("check", PROMPT, code=1)
     assert "not checked: its heads" in text
-    assert "✗ first failure: bad" in text
+    assert "✗ Odd: first failure: bad" in text
+    assert "✗  bad\n" in text
+    assert "good" not in text
+    assert "✓  good\n" in run("check", PROMPT, "-v", code=1)
 
 
 def test_the_report_is_a_page_with_the_command_that_made_it(run, tmp_path, capsys, folder):
@@ -259,7 +268,7 @@ def test_the_report_is_a_page_with_the_command_that_made_it(run, tmp_path, capsy
     assert f"wrote {page}" in err
     text = page.read_text()
     assert text.startswith("<!doctype html>")
-    assert f"tl-dla report &#x27;{PROMPT}&#x27; --answer w8" in text
+    assert f"tl-dla report &#39;{PROMPT}&#39; --answer w8" in text
 
 
 # ---- dataset, summarize ------------------------------------------------------------------------
@@ -268,7 +277,7 @@ def test_the_report_is_a_page_with_the_command_that_made_it(run, tmp_path, capsy
 def test_a_dataset_has_the_means_of_its_prompts(run, folder, tmp_path, capsys):
     prompts = ["w5 w60 w7", "w50 w6 w70 w8", "w3 w4"]
     lines = [{"prompt": p, "answer": "w8", "incorrect": "w9", "group": p[:3]} for p in prompts]
-    lines.append({"prompt": "w5 w6", "answer": "w8 w9"})
+    lines.append({"prompt": "w5 w6", "answer": "w8 w9", "incorrect": "w9"})
     source, out = tmp_path / "prompts.jsonl", str(tmp_path / "run")
     source.write_text("\n".join(map(json.dumps, lines)))
     given = ["dataset", str(source), "--unit", "head", "--batch-size", "2", "--out", out]
@@ -279,7 +288,7 @@ def test_a_dataset_has_the_means_of_its_prompts(run, folder, tmp_path, capsys):
     mean = torch.stack([one.attribution[:, 0] for one in single]).mean(0)
     logits = torch.cat([one.logit for one in single])
     statistics = [line for line in record["statistics"] if line["group"] == "all"]
-    assert [line["label"] for line in statistics] == [*single[0].labels, "logit"]
+    assert [line["label"] for line in statistics] == [*single[0].labels, "logit difference"]
     assert [s["mean"] for s in statistics[:-1]] == pytest.approx(mean.tolist(), abs=1e-5)
     assert statistics[-1]["mean"] == pytest.approx(float(logits.mean()), abs=1e-5)
     assert statistics[-1]["std"] == pytest.approx(float(logits.std()), abs=1e-5)
@@ -321,46 +330,3 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-
-
-def test_help_needs_no_pytorch():
-    code = "import sys\nfrom tl_dla.cli import main\ntry: main(['attribute', '--help'])\n"
-    code += "except SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "PROMPT" in done.stdout
-
-
-def test_the_examples_in_the_help_are_commands(capsys):
-    for name in ("", "attribute", "lens", "report", "check", "dataset", "summarize"):
-        with pytest.raises(SystemExit):
-            main([*name.split(), "--help"])
-        example = capsys.readouterr().out.split("example:\n")[1].strip()
-        assert _parser().parse_args(shlex.split(example)[1:]).subcommand == (name or "attribute")
-
-
-def test_the_help_names_every_unit(capsys):
-    for name in ("attribute", "report", "dataset"):
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        assert (
-            f"what the rows are: {', '.join(get_args(Unit))}".replace(
-                "component", "component (default)"
-            )
-            in text
-        )
-
-
-def test_the_public_names_are_imported_from_where_type_checkers_see_them():
-    tree = ast.parse(Path(tl_dla.__file__).read_text())
-    seen = {
-        alias.asname: node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("tl_dla.")
-        for alias in node.names
-    }
-    assert seen == {name: f"tl_dla.{module}" for name, module in tl_dla._MODULES.items()}
-    assert all(hasattr(tl_dla, name) for name in tl_dla.__all__)
-    assert set(tl_dla.__all__) <= set(dir(tl_dla))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        tl_dla.nothing  # noqa: B018

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.models import counted, either, load, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
 from tl_dla import direct_logit_attribution
-from tl_dla.core import taps as recording
+from tl_dla.core import run
 
 UNITS = ["component", "layer", "head", "neuron", "source"]
 
@@ -39,7 +39,7 @@ def test_prompts_run_in_parts_give_what_they_give_together(name, unit, monkeypat
         whole = direct_logit_attribution(model, prompts, 5, incorrect, **options)
         with monkeypatch.context() as patch:
             width = whole.positions.index.shape[1]
-            patch.setattr(recording, "_LOGITS_AT_ONCE", 2 * width * model.cfg.d_vocab)
+            patch.setattr(run, "_LOGITS_AT_ONCE", 2 * width * model.cfg.d_vocab)
             with counted(model) as shapes:
                 parts = direct_logit_attribution(model, prompts, 5, incorrect, **options)
         passes = [shape[0] for shape in shapes[::2]]
@@ -51,7 +51,7 @@ def test_prompts_run_in_parts_give_what_they_give_together(name, unit, monkeypat
 def test_answers_of_their_own_follow_their_prompts_into_the_parts(monkeypatch):
     model = load("gpt2")
     whole = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, pos=None)
-    monkeypatch.setattr(recording, "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(run, "_LOGITS_AT_ONCE", 1)
     with counted(model) as shapes:
         same(direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, pos=None), whole)
     assert shapes == [(1, 11, 32), (1, 11, 97)] * 2
@@ -114,7 +114,7 @@ def test_on_a_gpu_the_pass_waits_for_nothing(name):
     try:
         for unit in ("component", "head", "neuron"):
             there = direct_logit_attribution(model, tokens().cuda(), ANSWERS, INCORRECT, unit=unit)
-            assert all(x.is_cuda for x in there.seen.values.values())
+            assert there.numbers.rows.is_cuda
             here = direct_logit_attribution(load(name), tokens(), ANSWERS, INCORRECT, unit=unit)
             torch.testing.assert_close(
                 there.attribution.cpu(), here.attribution, atol=1e-4, rtol=1e-4

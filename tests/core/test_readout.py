@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from tl_dla import Readout
-from tl_dla.core.residual import ResidualStack
-from tl_dla.model.reader import Norm, Site
+from tl_dla.core.rows import RowKey
+from tl_dla.core.vectors import ResidualStack
+from tl_dla.model.hooks import Site
+from tl_dla.model.norms import Norm
 
 D, BATCH, POS = 6, 2, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -135,7 +137,7 @@ def test_contracting_happens_in_float32(dtype):
 def test_reading_vectors_divides_by_the_scale():
     w, scale = randn(BATCH, POS, D), 1 + randn(BATCH, POS).abs()
     vectors = randn(4, BATCH, POS, D)
-    stack = ResidualStack(vectors, list("abcd"), ["attn"] * 4, [0] * 4)
+    stack = ResidualStack(vectors, [RowKey("attn", layer, "attn_out") for layer in range(4)])
     expected = torch.einsum("rbpd,bpd->rbp", vectors, w) / scale
     close(Readout(w, scale=scale).of(stack), expected)
     close(Readout(w, scale=scale).of(vectors), expected)

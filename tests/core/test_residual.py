@@ -10,7 +10,7 @@ import torch
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import Readout, decompose, direct_logit_attribution, required_hooks
-from tl_dla.core.residual import ResidualStack
+from tl_dla.core.vectors import ResidualStack
 
 UNITS = ["component", "layer", "head"]
 # TransformerLens asks for a hook_resid_mid that these do not have.

@@ -99,17 +99,15 @@ def test_the_average_is_over_real_positions(ragged):
 
     rows = list(zip(ragged.labels, ragged.attribution, strict=True))
     ranked = sorted(((label, average(row)) for label, row in rows), key=lambda row: -row[1])
-    check_top(ragged.top(7, mean=True), ranked[:7])
+    check_top(ragged.top(7), ranked[:7])
     ranked = sorted(((label, average(row, [1])) for label, row in rows), key=lambda row: -row[1])
-    check_top(ragged.top(7, mean=True, prompt=1), ranked[:7])
+    check_top(ragged.top(7, prompt=1), ranked[:7])
     # By magnitude: what cancels in the average still ranks by its size, and shows the average.
     sizes = {label: average(row.abs()) for label, row in rows}
     means = {label: average(row) for label, row in rows}
     ranked = sorted(sizes, key=lambda label: -sizes[label])
-    check_top(
-        ragged.top(7, mean=True, by="magnitude"), [(name, means[name]) for name in ranked[:7]]
-    )
-    assert ranked[:7] != [label for label, _ in ragged.top(7, mean=True)]
+    check_top(ragged.top(7, by="magnitude"), [(name, means[name]) for name in ranked[:7]])
+    assert ranked[:7] != [label for label, _ in ragged.top(7)]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -279,10 +277,13 @@ def test_the_text_shows_the_rows_that_matter_the_total_and_the_certificate(one):
         assert line.split() == [label, f"{value:+.4f}"]
     logits = load("gpt2")(tokens()[:1])[0, -1].detach()
     own = float(logits[5] - logits[7])
-    assert lines[14].split()[:3] == ["all", "rows", f"{own:+.4f}"]
-    assert lines[14].endswith(f"the model's own: {own:+.4f}")
-    assert "refined rows" in lines[15] and "rounding explains" in lines[15]
-    assert len(lines) == 16
+    assert lines[14].split()[:3] == ["9", "smaller", "rows"]
+    rest = sum(value for _, value in by_hand(one)) - sum(value for _, value in ranked)
+    assert float(lines[14].split()[3]) == pytest.approx(rest, abs=1e-4)
+    assert lines[15].split() == ["all", "rows", f"{own:+.4f}"]
+    assert lines[16].split() == ["model's", "own", "logit", f"{own:+.4f}"]
+    assert str(one.reconstruction) in lines[17]
+    assert len(lines) == 18
 
 
 def test_the_text_of_a_batch_says_that_it_averages(ragged):
@@ -293,9 +294,11 @@ def test_the_text_of_a_batch_says_that_it_averages(ragged):
     for text_, answer in zip(TEXTS, [5, 9, 11], strict=True):
         logits = load("gpt2")(text_)[0].detach()
         own += (logits[:, answer] - logits[:, 7]).tolist()
-    assert f"the model's own: {sum(own) / len(own):+.4f}" in text
+    assert f"model's own logit    {sum(own) / len(own):+.4f}" in text
     candidates = direct_logit_attribution(load("gpt2"), tokens(), candidate_tokens=[5, 7])
-    assert "2 candidate tokens" in repr(candidates) and "and candidates)" in repr(candidates)
+    assert "2 candidate tokens" in repr(candidates)
+    own = load("gpt2")(tokens())[:, -1, [5, 7]].mean(0).tolist()
+    assert repr(candidates).splitlines()[-2].split()[3:] == [f"{x:+.4f}" for x in own]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import pandas as pd
@@ -11,11 +10,12 @@ import torch
 
 import tl_dla.datasets.dataset
 from tests.support.models import either, load
-from tests.support.runs import BAD, BATCH, make, run, spoiled, table
+from tests.support.runs import BAD, make, run, spoiled, table
 from tests.zoo.build import boot, hf_reference
+from tests.zoo.configs import CONFIGS
 from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.reference import reference
-from tl_dla.datasets.examples import WINDOW, read_examples
+from tl_dla.datasets.examples import read_examples
 from tl_dla.errors import ArgumentError, ReconstructionError, TokenError
 
 
@@ -47,11 +47,20 @@ def test_each_prompts_rows_are_those_of_the_autograd_reference(name, tmp_path):
 
 
 def test_several_incorrect_answers_are_averaged_and_none_is_a_plain_logit(tmp_path):
-    examples = make(40)
-    assert {len(example["incorrect"]) for example in examples} == {0, 1, 2, 3}
-    run(boot("llama"), examples, tmp_path / "run", unit="component")
-    stored, plain = table(tmp_path / "run"), hf_reference("llama", torch.float64)
-    for i, example in enumerate(examples):
+    with_baseline = make(40)
+    assert {len(example["incorrect"]) for example in with_baseline} == {1, 2, 3}
+    without = [{**example, "incorrect": []} for example in with_baseline]
+    model, plain = boot("llama"), hf_reference("llama", torch.float64)
+    stored = []
+    for examples, quantity in ((with_baseline, "logit difference"), (without, "logit")):
+        result = run(model, examples, tmp_path / quantity, unit="component")
+        stored.append(table(tmp_path / quantity))
+        assert f"the model's own {quantity}: " in repr(result) and result.quantity == quantity
+        last = result.to_dataframe().query("group == 'all'").iloc[-1]
+        assert (last["label"], last["kind"]) == (quantity, "logit")
+        assert f">{quantity}, mean over prompts" in result.plot().layout.title.text
+    stored = pd.concat(stored, ignore_index=True)
+    for i, example in enumerate(with_baseline + without):
         with torch.no_grad():
             logits = plain(torch.tensor([example["prompt"]])).logits[0, -1]
         wrong = logits[example["incorrect"]].mean() if example["incorrect"] else 0.0
@@ -84,9 +93,28 @@ def test_statistics_are_those_that_pandas_computes_of_the_stored_rows(model, tmp
         gross, net = rows.abs().sum(axis=1).mean(), rows.sum(axis=1).abs().mean()
         assert part.gross_to_net == close(gross / net, rel=1e-6)
         assert float(part.logit.mean) == close(lines["logit"].astype("float64").mean(), rel=1e-12)
-        half = (part.rows.high - part.rows.low) / 2 / part.rows.sem
-        assert bool(((half > 1.64) & (half < 1.75)).all())  # t at 90 %, 24 to 74 degrees
+        n = len(rows)  # pandas' own is without bias
+        skewness = rows.skew() * (n - 2) / (n * (n - 1)) ** 0.5
+        assert part.rows.skewness.tolist() == close(skewness.tolist(), rel=1e-9)
     assert sorted(result.groups) == ["a", "b"] and result.groups["a"].n + result.groups["b"].n == 75
+
+
+def test_prompts_run_at_their_own_length_where_positions_scale_with_it(tmp_path, monkeypatch):
+    """LongRoPE has other frequencies once the longest prompt of a batch passes 8 tokens."""
+    name, config = CONFIGS["phi3"]
+    start = {"original_max_position_embeddings": 8}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, **start}
+    long |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    monkeypatch.setitem(CONFIGS, "phi3_long", (name, {**config, **start, "rope_parameters": long}))
+    model, examples = boot("phi3_long"), make(30, several=False)
+    run(model, examples, tmp_path / "run", batch_size=30)
+    stored = table(tmp_path / "run")
+    for i, example in enumerate(examples):
+        with torch.no_grad():
+            logits = model(torch.tensor([example["prompt"]]))[0, -1]
+        expected = float(logits[example["answer"]] - logits[example["incorrect"]])
+        assert stored["logit"][i] == pytest.approx(expected, abs=1e-5)
+        assert sum(stored["rows"][i]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_group_is_what_its_examples_alone_give(model):
@@ -130,55 +158,6 @@ def test_rows_that_only_some_batches_have_are_kept_and_are_zero_in_the_others(tm
     assert result["1_rest"].std == pytest.approx(rest.std(), rel=1e-9)
     total = stored["rows"].map(sum) + rest
     assert total.tolist() == pytest.approx(stored["logit"].tolist(), abs=1e-5)
-
-
-def test_examples_come_from_anything_that_gives_mappings(model, tmp_path):
-    import datasets
-
-    examples = make(20)
-    lines = tmp_path / "examples.jsonl"
-    lines.write_text("".join(json.dumps(e) + "\n" for e in examples) + "\n")
-    dataset = datasets.Dataset.from_list(examples)
-    dataset.save_to_disk(str(tmp_path / "disk"))
-    dataset.to_parquet(str(tmp_path / "examples.parquet"))
-    expected = run(model, examples)
-    sources = [iter(examples), dataset, dataset.to_iterable_dataset(), read_examples(lines)]
-    sources += [read_examples(tmp_path / "disk"), read_examples(tmp_path / "examples.parquet")]
-    for source in sources:
-        got = run(model, source)
-        assert got.n == 20 and torch.equal(got.rows.mean, expected.rows.mean)
-    assert len(read_examples(lines)) == 20
-
-
-def test_a_csv_is_text_and_several_incorrect_answers_are_a_list(tmp_path):
-    path = tmp_path / "examples.csv"
-    rows = [
-        {"prompt": "1 + 6 =", "answer": "7", "incorrect": '["8", " 9"]', "group": ""},
-        {"prompt": 'a, "quoted"\nline', "answer": " NA", "incorrect": "", "group": "g"},
-    ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    assert list(read_examples(path)) == [
-        {"prompt": "1 + 6 =", "answer": "7", "incorrect": ["8", " 9"]},
-        {"prompt": 'a, "quoted"\nline', "answer": " NA", "group": "g"},
-    ]
-    assert len(read_examples(path)) == 2
-
-
-def test_only_one_window_is_read_ahead(model, tmp_path):
-    """What is read from a stream of examples is never further ahead than a window."""
-    read, ahead = [0], []
-
-    def stream():
-        for example in make(5 * WINDOW * BATCH):
-            read[0] += 1
-            ahead.append(read[0] - BATCH * len(list((tmp_path / "run" / "rows").glob("*.parquet"))))
-            yield example
-
-    assert run(model, stream(), tmp_path / "run").n == 5 * WINDOW * BATCH
-    assert max(ahead) <= WINDOW * BATCH
 
 
 # ---- bad examples ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from tests.support.dataset_worker import attribute
 from tests.support.runs import contents, make, table
 from tests.zoo.build import build
+from tl_dla.datasets.dataset import summarize
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,10 @@ def inputs(tmp_path_factory):
     """The folder of a model, a file of examples with bad ones, and what one process gives."""
     folder = tmp_path_factory.mktemp("inputs")
     examples = make(300)
-    examples[7], examples[201] = {"prompt": [4] * 90, "answer": 5}, {"prompt": [4, 5]}
+    examples[7], examples[201] = (
+        {"prompt": [4] * 90, "answer": 5, "incorrect": 6},
+        {"prompt": [4, 5], "incorrect": 6},
+    )
     path = folder / "examples.jsonl"
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     model = str(build("gpt2")[1])
@@ -81,3 +85,19 @@ def test_torchrun_gives_the_statistics_of_one_process(inputs, tmp_path, processe
         assert got["n"] == expected.n and got["skipped"] == expected.skipped
         for name in ("mean", "std", "sem", "low", "high", "sign_agreement", "cancellation"):
             assert torch.equal(got[name], getattr(expected.rows, name)), name
+
+
+def test_three_identical_runs_at_once_do_not_harm_each_other(inputs, tmp_path):
+    model, examples, _, whole = inputs
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.dataset_worker"])
+    out = tmp_path / "run"
+    call = {"target": attribute, "args": (model, examples, str(out))}
+    processes = [context.Process(**call) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert contents(out) == contents(whole)
+    assert summarize(out).complete and summarize(out).n == 298

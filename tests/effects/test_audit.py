@@ -41,7 +41,7 @@ from tl_dla.errors import ArgumentError
 def test_an_audit_is_the_parts_side_by_side(name: str) -> None:
     result = attributed(name, pos=(3, -1))
     found = audit(result, k=4, progress=False)
-    rows = [label for label, _ in result.top(30, by="magnitude", mean=True)]
+    rows = [label for label, _ in result.top(30, by="magnitude")]
     kinds = dict(zip(result.labels, result.kinds, strict=True))
     assert found.rows == [row for row in rows if kinds[row] not in ("bias", "rest")][:4]
     recomputed = direct_effect_recomputed(result)

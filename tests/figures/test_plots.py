@@ -4,13 +4,15 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from tests.support.pages import NASTY, PROMPTS, bridge, own_logits
 from tl_dla import attribute_path, direct_logit_attribution
 from tl_dla.analyses.logit_lens import logit_lens
+from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, plots
+from tl_dla.figures.charts import Heading
+from tl_dla.figures.text import number
 from tl_dla.figures.view import fold
 
 ANSWERS, INCORRECT = ["mat", "on", "sat"], ["cat", "dog", "the"]
@@ -86,7 +88,7 @@ def test_a_path_is_never_called_the_models_own_logit(tmp_path):
     assert figure.layout.yaxis.ticktext[-1] == "row L2H1←3"
     assert "'mat' − 'cat', through L2H1←3<" in figure.layout.title.text
     assert "Row L2H1←3 of the logit difference: <b>" in page
-    assert "&#x27;cat&#x27;, through L2H1←3</h1>" in page
+    assert "&#39;cat&#39;, through L2H1←3</h1>" in page
     assert ", through L2H1←3</b>" in path._repr_html_()
     assert "row L2H1←3" in path._repr_html_()
     seen = figure.to_json() + re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
@@ -95,7 +97,7 @@ def test_a_path_is_never_called_the_models_own_logit(tmp_path):
 
 def test_small_rows_are_added_up_and_the_sum_stays():
     result = attribute(unit="head")
-    figure = plots.ledger(result, k=6)
+    figure = plots.ledger(view_of(result), k=6)
     bars, values = figure.data[0], values_of(result)[:, 0]
     named = list(figure.layout.yaxis.ticktext)
     largest = set(np.argsort(-np.abs(values))[:6])
@@ -108,8 +110,9 @@ def test_small_rows_are_added_up_and_the_sum_stays():
 
 def test_one_row_too_many_is_not_folded_into_itself():
     values = np.array([[3.0], [1.0], [2.0]])
-    assert fold(["a", "b", "c"], values, 2)[0] == ["a", "b", "c"]
-    names, folded = fold(["a", "b", "c", "d"], np.array([[3.0], [1.0], [-2.0], [0.5]]), 2)
+    assert fold(["a", "b", "c"], values, values, 2)[0] == ["a", "b", "c"]
+    values = np.array([[3.0], [1.0], [-2.0], [0.5]])
+    names, folded = fold(["a", "b", "c", "d"], values, values, 2)
     assert names == ["a", "c", "2 smaller rows"]
     np.testing.assert_array_equal(folded[:, 0], [3.0, -2.0, 1.5])
 
@@ -156,26 +159,57 @@ def test_heads_stand_at_their_layer_and_index_and_the_others_beside():
             assert grid[layer, head] == values[row]
     scale = figure.layout.coloraxis
     assert scale.cmin == -scale.cmax == -np.abs(grid).max()
-    beside = {
-        text.split("<br>")[0]: (x, y)
-        for trace in figure.data[1:]
-        for text, x, y in zip(trace.hovertext, trace.x, trace.y, strict=True)
-    }
+    beside, below = {}, {}
+    for trace in figure.data[1:]:
+        for text, x, y in zip(trace.hovertext, trace.x, trace.y, strict=True):
+            (below if trace.xaxis == "x8" else beside)[text.split("<br>")[0]] = (x, y)
     others = [i for i, kind in enumerate(result.kinds) if kind != "head"]
-    assert len(beside) == len(others)
+    assert len(beside) + len(below) == len(others) + 1
     for row in others:
-        x, y = beside[f"<b>{result.labels[row]}</b>"]
         layer = result.layers[row]
-        assert x == values[row]
-        assert y == layer if layer is not None else not 0 <= y < 3
+        x, y = (below if layer is None else beside)[f"<b>{result.labels[row]}</b>"]
+        assert x == values[row] and (layer is None or y == layer)
+    right, wrong = own_logits(PROMPTS[0], "mat", "cat")
+    assert below["<b>model's own logit</b>"][0] == pytest.approx(right - wrong, rel=1e-5)
+    outside = ["embed", "pos_embed", "ln_final.b", "model's own logit"]
+    assert list(figure.layout.yaxis8.ticktext) == outside
     headings = {note.text for note in figure.layout.annotations}
-    assert {"<b>head</b>", "<b>attn_bias</b>", "<b>mlp_out</b>", "embed", "ln_final.b"} <= headings
+    assert {"<b>head</b>", "<b>attn_bias</b>", "<b>mlp_out</b>"} <= headings
+    assert "<b>embeddings, biases, and the total</b>" in headings
+
+
+def test_a_number_is_written_in_each_cell_that_has_room_for_it():
+    result = attribute(unit="head")
+    written = np.array(result.plot(width=900).data[0].text)
+    assert written[2, 3] == number(float(result["L2H3"][0]))[:6]
+    assert result.plot(width=300).data[0].text is None
+
+
+def test_a_model_of_two_heads_can_be_drawn_and_reported(tmp_path):
+    for unit in UNITS:
+        for prompts in (PROMPTS[0], PROMPTS):
+            small = bridge(n_layers=2, n_heads=2)
+            result = direct_logit_attribution(small, prompts, "mat", "cat", unit=unit)
+            assert result.plot().data and result.plot(width=400).layout.width == 400
+    assert result.report(tmp_path / "page.html").stat().st_size > 100_000
+    top = direct_logit_attribution(small, PROMPTS, "mat", unit="head").plot().layout.yaxis9
+    assert len(top.ticktext) == 4
+
+
+def test_a_title_and_a_size_can_be_given():
+    for unit in UNITS:
+        layout = attribute(unit=unit).plot(title="<i>mine", width=400, height=700).layout
+        assert (layout.width, layout.height) == (400, 700)
+        assert layout.title.text.startswith("&lt;i&gt;mine<br>")
+        assert attribute(unit=unit).plot(title="").layout.title.text == ""
+    layout = logit_lens(bridge(), "a dog").plot(title="mine", width=400, height=300).layout
+    assert (layout.width, layout.height) == (400, 300) and layout.title.text.startswith("mine<br>")
 
 
 def test_a_batch_of_heads_shows_every_prompt_of_the_top_ones():
     result = batch("head")
     values = values_of(result)
-    figure = plots.heads(result, k=4)
+    figure = plots.heads(view_of(result), k=4)
     grid = np.asarray(figure.data[0].z)
     assert grid[2, 3] == pytest.approx(values[result.labels.index("L2H3")].mean(), rel=1e-12)
     bars, *dots = figure.data[-4:]
@@ -253,7 +287,7 @@ def test_candidates_are_columns_that_name_their_logit():
     for name, word, logit in zip(
         names, ("mat", "cat", "on"), own_logits(PROMPTS[0], "mat", "cat", "on"), strict=True
     ):
-        assert name == f"'{word}'<br>{charts.number(logit)}"
+        assert name == f"'{word}'<br>{number(logit)}"
     one = result.plot(candidate="cat")
     np.testing.assert_allclose(one.data[0].x[:-1], result.attribution[:, 0, 1], rtol=1e-7)
     np.testing.assert_array_equal(one.data[0].x, result.plot(candidate=1).data[0].x)
@@ -304,47 +338,29 @@ def test_positions_of_a_batch_are_all_dots():
 
 def test_dataset_intervals_show_means_and_ends():
     mean, low, high = np.array([1.0, -2.0]), np.array([0.5, -2.5]), np.array([2.0, -1.0])
-    bars = charts.intervals(["L0H0", "<b>"], mean, low, high, details=["n 3", "n 3"]).data[0]
+    bars = charts.intervals(["L0H0", "<b>"], mean, low, high, heading=Heading("")).data[0]
     np.testing.assert_array_equal(bars.x, mean)
     np.testing.assert_array_equal(mean - bars.error_x.arrayminus, low)
     np.testing.assert_array_equal(mean + bars.error_x.array, high)
-    assert "&lt;b&gt;" in bars.hovertext[1] and "n 3" in bars.hovertext[1]
+    assert "&lt;b&gt;" in bars.hovertext[1] and "-2.5000 to -1.0000" in bars.hovertext[1]
     with pytest.raises(ArgumentError, match="one entry per label: 1 labels and 2 mean"):
-        charts.intervals(["a"], mean, low, high)
+        charts.intervals(["a"], mean, low, high, heading=Heading(""))
 
 
-def test_scatter_places_labels():
-    coordinates = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
-    figure = charts.scatter(coordinates, ["a", "<i>", "c"], groups=["x", "y", "x"])
-    first, second = figure.data
-    assert list(first.x) == [0.0, 4.0] and list(first.text) == ["a", "c"]
-    assert list(second.y) == [3.0] and list(second.text) == ["&lt;i&gt;"]
-    with pytest.raises(ArgumentError, match="coordinates must have one entry per label"):
-        charts.scatter(coordinates, ["a"])
+def test_positions_of_a_trajectory_are_named_and_never_averaged():
+    result = attribute(unit="layer", pos=None)
+    figure, words = result.plot(), ["[BOS]", *PROMPTS[0].split()]
+    assert len(figure.data) == len(words)
+    np.testing.assert_allclose([line.y[-1] for line in figure.data], result.logit[0], rtol=1e-5)
+    named = [note.text.split(" ")[0] for note in figure.layout.annotations]
+    assert sorted(named) == sorted(words)
+    assert all(f"position {i}" in line.name for i, line in enumerate(figure.data))
 
 
-# ---- the lens ----------------------------------------------------------------------------------
-
-
-def test_the_lens_grid_shows_the_prediction_and_its_probability():
-    lens = logit_lens(bridge(), PROMPTS[:2], ["mat", "on"])
-    figure = lens.plot(prompt=1)
-    cells, z = np.array(figure.data[0].text), np.asarray(figure.data[0].z)
-    assert cells.shape == z.shape == (len(lens), 6)
-    with torch.no_grad():
-        own = bridge()(bridge().to_tokens(PROMPTS[1]))[0].softmax(-1)
-    words = [bridge().tokenizer.decode([int(i)]) for i in own.argmax(-1)]
-    assert [charts.safe(plots.visible(word)) for word in words] == list(cells[-1])
-    np.testing.assert_allclose(z[-1], own.max(-1).values, rtol=1e-5)
-    assert list(figure.data[0].y) == lens.labels
-    ranks = lens.plot(prompt=1, colour="rank").data[0].z
-    rank = (own[-1] > own[-1, bridge().to_single_token("on")]).sum()
-    assert ranks[-1][-1] == rank
-
-
-def test_whitespace_tokens_are_made_visible():
-    assert plots.visible("\n") == "↵" and plots.visible("  ") == "␣␣" and plots.visible("") == "''"
-    assert plots.visible(" Paris") == " Paris" and plots.visible("\xa0") == r"\xa0"
+def test_one_column_cannot_take_all_the_colours():
+    result = attribute(pos=None)
+    largest = sorted(np.abs(result.attribution[:, 0].numpy()).max(0))
+    assert result.plot().layout.coloraxis.cmax == pytest.approx(largest[-2])
 
 
 # ---- what cannot be drawn ----------------------------------------------------------------------
@@ -363,11 +379,12 @@ def test_user_text_is_never_markup():
     [
         (lambda: attribute().plot(k=0), "k must be at least 1; 0 was given"),
         (lambda: batch().plot(prompt=3), "prompt must be one of the result's 3; 3 was given"),
-        (lambda: plots.heads(attribute()), 'attribute with unit="head"'),
-        (lambda: plots.heads(batch("head"), k=16), "k must be 1 to the number of heads, 15; 16"),
-        (lambda: plots.trajectory(attribute()), 'attribute with unit="layer"'),
-        (lambda: plots.ledger(attribute(unit="layer")), "no parts of a sum"),
-        (lambda: plots.candidates(attribute()), "attribute with candidate_tokens"),
+        (lambda: plots.heads(view_of(attribute())), 'attribute with unit="head"'),
+        (lambda: plots.heads(view_of(batch("head")), k=0), "k must be at least 1; 0 was given"),
+        (lambda: attribute().plot(width=0), "width must be a number of pixels; 0 was given"),
+        (lambda: plots.trajectory(view_of(attribute())), 'attribute with unit="layer"'),
+        (lambda: plots.ledger(view_of(attribute(unit="layer"))), "no parts of a sum"),
+        (lambda: plots.candidates(view_of(attribute())), "attribute with candidate_tokens"),
         (lambda: over_candidates().plot(candidate="dog"), "one of 'mat', 'cat', 'on'"),
         (lambda: logit_lens(bridge(), "a dog").plot(colour="rank"), "pass answer_tokens"),
         (

@@ -7,13 +7,12 @@ the model has run.
 import numpy as np
 import pytest
 import torch
-from transformer_lens.utilities import Slice
 
 from tests.support.models import counted, either, load, with_tokenizer, words
 from tests.zoo.build import tokens
 from tl_dla import TlDlaError, TokenError, direct_logit_attribution
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.tokens import read_positions, read_prompts
+from tl_dla.inputs.tokens import read_prompts
 
 # No word starts with w0, w1 or w2: those are special tokens, found first.
 TEXTS = ["w5 w7 w9 w31 w30", "w8 w6", "w40 w41 w42 w8"]
@@ -186,40 +185,40 @@ def test_bos_is_prepended_as_the_model_does_unless_told(model):
     assert read_prompts(model, TEXTS).packed[0].tolist() == IDS[0]
 
 
-# ---- positions ---------------------------------------------------------------------------------
-
-
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("pos", "expected"),
+    "form",
     [
-        (3, 3),
-        (-2, 9),
-        (np.int64(4), 4),
-        (torch.tensor(5), 5),
-        ([0, -1, 4], [0, 10, 4]),
-        (np.array([2, -3]), [2, 8]),
-        (torch.tensor([1]), [1]),
-        ((2, 5), [2, 3, 4]),
-        ((1, 9, 3), [1, 4, 7]),
-        (slice(-3, None), [8, 9, 10]),
-        (Slice((0, 2)), [0, 1]),
-        (Slice(-1), 10),
-        (Slice([3, 5]), [3, 5]),
-        (Slice(None), list(range(11))),
-        (None, list(range(11))),
+        lambda ids: ids,
+        lambda ids: [np.array(row) for row in ids],
+        lambda ids: [torch.tensor(row) for row in ids],
+        lambda ids: [[np.int64(i) for i in row] for row in ids],
     ],
-    ids=str,
+    ids="lists arrays tensors numbers".split(),
 )
-def test_positions_are_those_of_transformer_lens(model, pos, expected):
-    result = direct_logit_attribution(model, tokens(), 5, pos=pos)
-    logits = model(tokens())[:, :, 5].detach()
-    torch.testing.assert_close(result.logit, logits[:, expected], atol=1e-5, rtol=0)
-    torch.testing.assert_close(result.attribution.sum(0), logits[:, expected], atol=1e-5, rtol=0)
+def test_prompts_may_be_lists_of_ids(model, form):
+    check_alone(direct_logit_attribution(model, form(IDS), 5, 7), model)
+    check_alone(direct_logit_attribution(model, form(IDS)[0], 5, 7), model, ids=IDS[:1])
 
 
-def test_positions_count_from_the_end_of_each_prompt(reader):
-    result = direct_logit_attribution(reader, TEXTS, 5, pos=[-1, -3, 1])
-    assert result.positions.index.tolist() == [[5, 3, 1], [2, 0, 1], [4, 2, 1]]
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_may_be_arrays(model):
+    for array in (np.array(IDS[:1]), np.array(IDS[0]), np.array(IDS[:1], dtype=np.int32)):
+        check_alone(direct_logit_attribution(model, array, 5, 7), model, ids=IDS[:1])
+    check_alone(direct_logit_attribution(model, np.array(TEXTS), 5, 7), model)
+
+
+@pytest.mark.parametrize("pad", ["w1", "w2"])
+def test_one_token_that_may_be_padding_or_a_prompts_own_must_be_told(pad):
+    """A BOS or EOS that also pads, where some prompts begin or end with one and others do not."""
+    model, own = with_tokenizer("gpt2", words(pad)), int(pad[1:])
+    for ids in ([[own, 5, 7], [8, 6, 9]], [[5, 7, own], [8, 6, 9]]):
+        with pytest.raises(TokenError, match="may be its own or padding.*attention_mask"):
+            direct_logit_attribution(model, torch.tensor(ids), 5, 7)
+        check_alone(direct_logit_attribution(model, ids, 5, 7), model, ids=ids)
+        mask = torch.ones(2, 3).long()
+        told = direct_logit_attribution(model, torch.tensor(ids), 5, 7, attention_mask=mask)
+        check_alone(told, model, ids=ids)
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -245,7 +244,8 @@ REFUSED = {
         *(TEXTS, 5),
         *({"incorrect_tokens": torch.ones(4, 1).long()}, r"incorrect_tokens has shape \(4, 1\)"),
     ),
-    "several answers": (TEXTS, torch.ones(3, 2).long(), {}, "2 answers per prompt.*candidate"),
+    "several answers": (TEXTS, torch.ones(3, 4).long(), {}, "4 answers per prompt.*candidate"),
+    "answers of no candidate": (TEXTS[0], None, {"candidate_tokens": []}, "candidate_tokens must"),
     "answers in four axes": (TEXTS, torch.ones(3, 1, 1, 1).long(), {}, "does not fit 3 prompt"),
     "doubled BOS": ("w1 w5", 5, {}, "starts with 'w1' and the model prepends another"),
     "doubled BOS in tokens": (torch.tensor([1, 1, 5]), 5, {}, "Prompt 0 starts with two BOS"),
@@ -257,7 +257,16 @@ REFUSED = {
     "tokens in three axes": (torch.ones(1, 3, 2).long(), 5, {}, r"\[pos\] or \[batch, pos\]"),
     "a number": (5, 5, {}, "a list of strings or a tensor of token ids; a int"),
     "bytes": (b"w5", 5, {}, "a list of strings or a tensor of token ids; a bytes"),
-    "list of ids": ([1, 5, 7], 5, {}, "a list held a int"),
+    "list of numbers": ([1.5, 2.5], 5, {}, "a list held a float"),
+    "text and ids": (["w5", 5], 5, {}, "a list held a int"),
+    "array of floats": (np.ones((1, 3)), 5, {}, "must be integers"),
+    "an empty row": ([[1, 5], []], 5, {}, "a list held no tokens"),
+    "lists of lists of lists": ([[[1, 5]]], 5, {}, "a list held a list"),
+    "a set": ({1, 5}, 5, {}, "a list of strings or a tensor of token ids; a set"),
+    "mask for text": (
+        *(TEXTS, 5, {"attention_mask": torch.ones(3, 6)}),
+        "attention_mask says .* leave the mask out",
+    ),
     "prompt id": (torch.tensor([1, 97]), 5, {}, "Token id 97 is outside the model's vocabulary"),
     "negative prompt id": (torch.tensor([1, -3]), 5, {}, "Token id -3 is outside the model's"),
     "too long": (LONG, 5, {}, "65 tokens, more than the model's context of 64"),
@@ -331,20 +340,3 @@ def test_without_a_tokenizer_only_ids_are_read(name):
     result = direct_logit_attribution(model, tokens(), 5, 7)
     assert result.target == "'5' − '7'" or "5" in result.target
     assert set(result.to_dataframe()["token"]) == {str(int(row[-1])) for row in tokens()}
-
-
-# ---- inside ------------------------------------------------------------------------------------
-
-
-def test_taking_positions_is_indexing():
-    model = load("gpt2")
-    prompts = read_prompts(model, TEXTS)
-    x = torch.randn(3, 6, 4)
-    for pos in (-1, [0, -2], None):
-        positions = read_positions(pos, prompts)
-        for row, length in enumerate(LENGTHS.tolist()):
-            wanted = torch.arange(length)[
-                [-1] if pos == -1 else slice(None) if pos is None else pos
-            ]
-            got = positions.take(x)[row][positions.valid[row]]
-            torch.testing.assert_close(got, x[row, wanted])

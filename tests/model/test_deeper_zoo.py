@@ -6,8 +6,8 @@ architectures in `test_neurons.py` and `test_sources.py`.
 
 import pytest
 
+from tests.model.test_architectures import BOOTS, REFUSED, WITHOUT_HEADS
 from tests.support.models import of_3, of_4
-from tests.test_architectures import BOOTS, REFUSED, WITHOUT_HEADS
 from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
 from tests.zoo.hooked import HOOKED, hooked
 from tl_dla import UnsupportedModelError, attribute_path, direct_logit_attribution

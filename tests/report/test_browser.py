@@ -14,8 +14,9 @@ from tests.support.pages import NASTY, PROMPTS, bridge
 from tl_dla import direct_logit_attribution
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
 from tl_dla.analyses.logit_lens import logit_lens
-from tl_dla.figures import charts, plots
+from tl_dla.figures import charts
 from tl_dla.figures.attention_view import AttentionView
+from tl_dla.figures.text import number, visible
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome installed")
 
@@ -106,7 +107,7 @@ def test_the_ledger_draws_a_bar_a_row_with_its_number(show):
     assert page.count(BARS) == len(result) + 1
     assert texts(page, ".ytick text") == [*result.labels, "model's own logit"]
     own = [*result.attribution[:, 0].tolist(), float(result.logit[0])]
-    assert texts(page, ".bars .point text") == [charts.number(value) for value in own]
+    assert texts(page, ".bars .point text") == [number(value) for value in own]
     # A bar is as long as its value: pixels per logit are the same for all.
     width = page.evaluate(
         f"[...document.querySelectorAll({json.dumps(BARS)})].map(e => e.getBBox().width)"
@@ -126,7 +127,7 @@ def test_heads_are_cells_and_other_rows_are_bars(show):
     result = attribute(unit="head")
     page = show(result.plot())
     assert cells(page) == ([3, 5], 1)
-    assert page.count(BARS) == len(result) - 15
+    assert page.count(BARS) == len(result) - 15 + 1  # and the model's own logit
     hover = hover_cell(page, 2, 4)
     value = float(result["L2H4"][0])
     assert "L2H4" in hover and f"{value:+.4f}" in hover.replace("−", "-")
@@ -145,7 +146,7 @@ def test_the_lens_writes_a_token_in_every_cell(show):
     page = show(lens.plot())
     assert cells(page) == ([7, 9], 1)
     written = texts(page, ".heatmap-label")
-    top = [[plots.visible(names[0]) for names in layer[0]] for layer in lens.top_tokens]
+    top = [[visible(names[0]) for names in layer[0]] for layer in lens.top_tokens]
     assert written == [word for line in top for word in line]
 
 
@@ -158,15 +159,16 @@ def test_candidates_and_positions_are_drawn(show):
     lines = direct_logit_attribution(
         bridge(), PROMPTS[0], candidate_tokens=["mat", "cat"], unit="layer"
     )
-    assert texts(show(lines.plot()), ".legendtext") == ["'mat'", "'cat'"]
+    named = [text.rpartition(" ")[0] for text in texts(show(lines.plot()), ".annotation-text")]
+    assert sorted(named) == ["'cat'", "'mat'"]
 
 
-def test_intervals_and_scatter_are_drawn(show):
+def test_intervals_are_drawn(show):
     mean = np.array([1.0, -2.0, 0.5])
-    page = show(charts.intervals(["a", "b", "c"], mean, mean - 0.2, mean + 0.3))
+    page = show(
+        charts.intervals(["a", "b", "c"], mean, mean - 0.2, mean + 0.3, heading=charts.Heading(""))
+    )
     assert page.count(BARS) == 3 and page.count(".errorbar") == 3
-    page = show(charts.scatter(np.array([[0.0, 1.0], [2.0, 3.0]]), ["a", "b"]))
-    assert page.count(DOTS) == 2 and texts(page, ".textpoint") == ["a", "b"]
 
 
 def test_user_text_is_shown_as_text(show):
@@ -198,12 +200,48 @@ def test_a_large_model_stays_readable(show, large, tmp_path):
             assert no_overlap(page, axis), (unit, axis)
     page = show(large["head"].plot())
     assert cells(page) == ([60, 64], 1)
-    assert page.count(DOTS) == 100 * (10 + len(large["head"]) - 60 * 64)
+    assert page.count(DOTS) == 100 * (10 + len(large["head"]) - 60 * 64 + 1)
     page = show(large["component"].plot())
     assert page.count(BARS) == 42 and page.count(DOTS) == 42 * 100
     assert "smaller rows" in texts(page, ".ytick text")[-2]
     path = large["component"].report(tmp_path / "large.html")
     assert path.stat().st_size < 8_000_000
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_nothing_is_printed_over_anything_else(show, width):
+    words = ".gtitle, .xtick text, .ytick text, .y8tick text, .y9tick text, .annotation-text"
+    shown = [attribute(unit=unit) for unit in ("component", "head", "layer")]
+    shown += [batch(unit=unit) for unit in ("component", "head", "layer")]
+    shown += [attribute(unit="layer", pos=None), attribute(pos=None)]
+    for candidates in ("component", "layer"):
+        options = dict(candidate_tokens=["mat", "cat", "on"], unit=candidates)
+        shown.append(direct_logit_attribution(bridge(), PROMPTS[0], **options))
+    for result in shown:
+        page = show(result.plot(width=width), width=width)
+        assert apart(page, words), (result.unit, result.target)
+        assert inside(page, f"{words}, .legendtext", width), (result.unit, result.target)
+
+
+def apart(page, selector):
+    """Whether no two texts share more than a sliver: turned ones are boxes larger than they are."""
+    boxes = [box for box in boxes_of(page, selector) if box[3] - box[1] < 20]
+    return not any(
+        min(a[2], b[2]) - max(a[0], b[0]) > 2 and min(a[3], b[3]) - max(a[1], b[1]) > 3
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+    )
+
+
+def inside(page, selector, width):
+    return all(box[0] > -1 and box[2] < width + 9 for box in boxes_of(page, selector))
+
+
+def boxes_of(page, selector):
+    return page.evaluate(
+        f"[...document.querySelectorAll({json.dumps(selector)})].filter(e => e.textContent)"
+        ".map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom])"
+    )
 
 
 # ---- the report --------------------------------------------------------------------------------
@@ -218,12 +256,12 @@ def test_the_report_opens_alone(browser, tmp_path, width, dark):
     assert page.errors == [] and page.requests == []
     components, heads = attribute(NASTY), attribute(NASTY, unit="head")
     assert page.count(f"#figure-0 {BARS}") == len(components) + 1
-    assert page.count(f"#figure-1 {BARS}") == len(heads) - 15
+    assert page.count(f"#figure-1 {BARS}") == len(heads) - 15 + 1
     assert page.count("#figure-1 .hm image") == 1
     n_tokens = len(bridge().to_tokens(NASTY)[0])
     assert page.count("#figure-3 .heatmap-label") == 7 * n_tokens
     top = top_heads_with_patterns(heads, k=2)
-    assert texts(page, ".head h3 .value") == [charts.number(float(h.value[0])) for h in top]
+    assert texts(page, ".head h3 .value") == [number(float(h.value[0])) for h in top]
     drawn = page.evaluate("document.querySelector('#attention').innerText")
     assert all(head.label in drawn for head in top)
     # Nothing is wider than the screen: what is wide scrolls in its own box.
@@ -233,6 +271,31 @@ def test_the_report_opens_alone(browser, tmp_path, width, dark):
     assert "<script>alert(1)</script>" in shown and "{{plotly}}" in shown
     ink = page.evaluate("getComputedStyle(document.querySelector('#figure-0 .ytick text')).fill")
     assert ink == ("rgb(223, 227, 234)" if dark else "rgb(35, 39, 46)")
+
+
+def test_no_control_opens_a_connection_or_a_window(browser, tmp_path):
+    page = browser.open(attribute().report(tmp_path / "report.html"))
+    page.wait("'drawn' in document.documentElement.dataset")
+    before = len(browser.send("Target.getTargets")["targetInfos"])
+    page.evaluate("window.opened = []; window.open = (...all) => { opened.push(all); return null }")
+    pressed = page.evaluate(
+        "[...document.querySelectorAll('.modebar-btn, button, summary, a, [onclick]')]"
+        ".filter(e => !/PNG/.test(e.dataset.title)).map(e => { e.dispatchEvent("
+        "new MouseEvent('click', {bubbles: true})); return e.dataset.title || e.tagName })"
+    )
+    assert len(pressed) > 9 and not any("hare" in name for name in pressed)
+    assert page.count(".plotly-cloud-dialog-box") == 0
+    assert page.evaluate("opened") == [] and page.count("a[href]") == 0
+    assert len(browser.send("Target.getTargets")["targetInfos"]) == before
+    assert page.errors == [] and page.requests == []
+
+
+def test_a_figure_alone_cannot_be_sent_anywhere(show):
+    page = show(attribute().plot())
+    titles = page.evaluate(
+        "[...document.querySelectorAll('.modebar-btn')].map(e => e.dataset.title)"
+    )
+    assert any("PNG" in title for title in titles) and not any("hare" in title for title in titles)
 
 
 def test_the_report_follows_a_change_of_theme_and_prints_light(browser, tmp_path):
@@ -261,7 +324,7 @@ def notebook(html):
 def test_the_notebook_table_is_drawn(show):
     result = attribute()
     page = show(notebook(result._repr_html_()))
-    assert page.count("svg rect.bar") == len(result) + 1
+    assert page.count("svg rect.bar") == len(result)
     assert "rows add up to the model's own logit" in page.evaluate("document.body.innerText")
 
 

@@ -4,8 +4,9 @@ import base64
 import dataclasses
 import gzip
 import re
-from html import escape
+from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,9 @@ from tests.support.pages import NASTY, PROMPTS, bridge, own_logits
 from tl_dla import direct_logit_attribution
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
 from tl_dla.errors import ArgumentError
+from tl_dla.figures import embedded
 from tl_dla.figures.attention_view import AttentionView
-from tl_dla.figures.charts import number
-from tl_dla.report import embedded
+from tl_dla.figures.text import number
 from tl_dla.report.page import of_unit
 
 LIMIT = 8_000_000  # bytes
@@ -43,10 +44,15 @@ def unpacked(page: str, name: str) -> str:
     return gzip.decompress(base64.b64decode(data)).decode()
 
 
+def html_of(text: str) -> str:
+    """Text as the page writes it."""
+    return str(markupsafe.escape(text))
+
+
 def numbers_in(table: str) -> list[list[str]]:
     """The cells of a table that are numbers, row by row."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", table, flags=re.DOTALL)
-    return [re.findall(r">([+−][\d.]+)</td>", row) for row in rows]
+    return [found for row in rows if (found := re.findall(r">([+−][\d.]+)</td>", row))]
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -68,7 +74,7 @@ def test_the_header_says_what_where_how_much_and_whether_it_adds_up(tmp_path):
     result = attribute()
     body = body_of(written(result, tmp_path))
     right, wrong = own_logits(PROMPTS[0], "mat", "cat")
-    assert escape("What wrote the logit of 'mat' − 'cat'") in body
+    assert html_of("What wrote the logit of 'mat' − 'cat'") in body
     assert f"logit difference: <b>{number(right - wrong)}</b>" in body
     assert "GPT2LMHeadModel · 3 layers · 5 heads · d_model 20 · float32" in body
     marked = re.findall(r'<span class="token read" title="position (\d+)">(.*?)</span>', body)
@@ -91,19 +97,19 @@ def test_the_numbers_are_the_results(tmp_path):
     assert [text.split("in numbers")[0].rpartition(">")[2] for text in details] == ["all rows "] * 3
     right, wrong = own_logits(PROMPTS[0], "mat", "cat")
     expected = [[number(float(x))] for x in result.attribution[:, 0]]
-    assert numbers_in(details[0]) == [*expected, [number(right - wrong)]]
+    assert numbers_in(details[0]) == [*expected, *[[number(right - wrong)]] * 2]
     heads = direct_logit_attribution(bridge(), PROMPTS[0], "mat", "cat", unit="head")
-    assert numbers_in(details[1])[:-1] == [[number(float(x))] for x in heads.attribution[:, 0]]
+    assert numbers_in(details[1])[:-2] == [[number(float(x))] for x in heads.attribution[:, 0]]
 
 
 def test_top_heads_come_with_what_they_read(tmp_path):
     body = body_of(written(attribute(), tmp_path, k=2))
     own = top_heads_with_patterns(attribute(unit="head"), k=2)
-    named = re.findall(r'<h3>(L\dH\d) <span class="value">(.*?)</span>', body)
+    named = re.findall(r'<h3 id=".*?">(L\dH\d) <span class="value">(.*?)</span>', body)
     assert named == [(head.label, number(float(head.value[0]))) for head in own]
-    assert body.count('<table class="plain"><tr><th>reads') == len(own)
+    assert body.count('<table class="plain"><thead><tr><th scope="col">reads') == len(own)
     token, at, attention, moved = own[0].reads(1)[0]
-    assert f"<code>{escape(repr(token))}</code></td>" in body
+    assert f"<code>{html_of(repr(token))}</code></td>" in body
     assert f'<td class="n">{at}</td><td class="n">{attention:.1%}</td>' in body
     assert f'<td class="n">{number(moved)}</td>' in body
 
@@ -111,9 +117,9 @@ def test_top_heads_come_with_what_they_read(tmp_path):
 def test_the_certificate_lists_every_refined_row(tmp_path):
     result = attribute(unit="head")
     body = body_of(written(result, tmp_path))
-    table = body[body.index("<h2>Certificate") :]
+    table = body[body.index(">Certificate</h2>") :]
     right, wrong = own_logits(PROMPTS[0], "mat", "cat")
-    assert table.count("<tr><td>✓") == 1 + 3
+    assert table.count('<tr><th scope="row">✓') == 1 + 3
     assert f'<td class="n">{right - wrong:.5f}' in table
     assert "the heads of 2_attn_out" in table
 
@@ -124,7 +130,7 @@ def test_a_failed_certificate_is_seen_everywhere(tmp_path):
     failed = dataclasses.replace(result, reconstruction=wrong)
     body = body_of(written(failed, tmp_path))
     assert '<p class="certificate failed">✗ FAILED: the rows miss' in body
-    assert "<tr><td>✗ rows against" in body
+    assert '<tr><th scope="row">✗ rows against' in body
     assert "✗ FAILED" in failed._repr_html_()
     assert "✗ FAILED" in failed.plot().layout.title.text
 
@@ -134,9 +140,9 @@ def test_versions_and_command_are_named(tmp_path):
 
     command = "tl-dla report 'a <b>' --out page.html"
     body = body_of(written(attribute(), tmp_path, command=command))
-    assert f"<pre>{escape(command)}</pre>" in body
-    assert f"<td>torch</td><td>{installed.__version__}</td>" in body
-    assert "<td>transformer-lens</td>" in body and "<td>Python</td>" in body
+    assert f"<pre>{html_of(command)}</pre>" in body
+    assert f'<th scope="row">torch</th><td>{installed.__version__}</td>' in body
+    assert ">transformer-lens</th>" in body and ">Python</th>" in body
     assert "result.report(" in body_of(written(attribute(), tmp_path))
 
 
@@ -162,6 +168,34 @@ def test_a_batch_shows_every_prompt_and_the_range(tmp_path):
     assert "Prompt 1." in body
 
 
+def test_a_card_is_of_the_prompt_shown_with_the_mean_beside_it(tmp_path):
+    result = attribute(PROMPTS, ["mat", "on", "sat"], None, unit="head")
+    body = body_of(written(result, tmp_path, prompt=1, k=2))
+    named = re.findall(r'<h3 id=".*?">(L\dH\d) <span class="value">(.*?)</span> <.*?>(.*?);', body)
+    alone = attribute(PROMPTS[1], "on", None, unit="head")
+    assert named == [
+        (label, number(float(alone[label])), f"mean {number(float(result[label].mean()))} over 3")
+        for label in (head.label for head in top_heads_with_patterns(result, k=2))
+    ]
+
+
+def test_a_direct_effect_is_said_to_be_an_observation(tmp_path):
+    assert "not what removing the part would do" in body_of(written(attribute(), tmp_path))
+
+
+def test_readings_are_not_said_to_add_up(tmp_path):
+    result = attribute(unit="layer")
+    certificate = "the last reading and the biases are the model's own logit"
+    for text in (repr(result), result.plot().layout.title.text, result._repr_html_()):
+        assert certificate in text and "rows add up" not in text
+    body = body_of(written(result, tmp_path))
+    assert html_of(f"✓ {certificate}") in body and "final_post and the biases against" in body
+    *points, bias = result.attribution[:, 0].tolist()
+    shown = numbers_in(result._repr_html_())
+    assert shown[:-2] == [[number(x)] for x in [*points, bias]]  # in the order of depth
+    assert shown[-2] == [number(points[-1] + bias)] == shown[-1]
+
+
 def test_candidates_and_positions_can_be_reported(tmp_path):
     over = direct_logit_attribution(bridge(), PROMPTS[0], candidate_tokens=["mat", "cat"])
     assert "3 candidate" not in body_of(written(over, tmp_path))
@@ -176,8 +210,8 @@ def test_a_result_of_a_cache_is_reported_without_running_anything(tmp_path):
     answer = bridge().to_single_token("mat")
     result = direct_logit_attribution(bridge(), answer_tokens=answer, cache=cache)
     body = body_of(written(result, tmp_path))
-    assert "nothing else was run" in body and "<h2>Heads</h2>" not in body
-    assert "<h2>Components</h2>" in body and "[UNK]" not in body
+    assert "nothing else was run" in body and ">Heads</h2>" not in body
+    assert ">Components</h2>" in body and "[UNK]" not in body
 
 
 def test_other_units_are_of_the_same_prompts(tmp_path):
@@ -215,6 +249,22 @@ def test_a_path_that_cannot_be_written_gets_a_sentence(tmp_path):
         attribute().report(tmp_path / ("x" * 300))
 
 
+def test_a_page_that_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("before", encoding="utf-8")
+    write = Path.write_text
+
+    def full(self, text, **options):
+        write(self, text[:100], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ArgumentError, match="cannot be written to .*: No space left on device"):
+        attribute().report(path)
+    assert path.read_text(encoding="utf-8") == "before"
+    assert [one.name for one in tmp_path.iterdir()] == ["page.html"]
+
+
 # ---- the notebook ------------------------------------------------------------------------------
 
 
@@ -223,9 +273,9 @@ def test_a_notebook_shows_the_largest_rows_and_the_certificate():
     html = result._repr_html_()
     largest = result.top(12, by="magnitude")
     right, wrong = own_logits(PROMPTS[0], "mat", "cat")
-    assert numbers_in(html) == [[number(v)] for _, v in largest] + [[number(right - wrong)]]
-    assert [f">{label}</td>" in html for label, _ in largest] == [True] * len(largest)
-    assert html.count('class="bar"') == len(largest) + 1
+    assert numbers_in(html) == [[number(v)] for _, v in largest] + [[number(right - wrong)]] * 2
+    assert [f">{label}</th>" in html for label, _ in largest] == [True] * len(largest)
+    assert html.count('class="bar"') == len(largest)
     assert str(result.reconstruction) in html
     assert "<script" not in html and "<style" not in html
 
@@ -245,7 +295,7 @@ def test_bars_are_as_long_as_their_values():
     html = result._repr_html_()
     widths = [float(w) for w in re.findall(r'class="bar" x="[\d.]+" y="3" width="([\d.]+)"', html)]
     values = np.array([abs(value) for _, value in result.top(12, by="magnitude")])
-    np.testing.assert_allclose(widths[:-1], 71 * values / values.max(), atol=0.01)
+    np.testing.assert_allclose(widths, 71 * values / values.max(), atol=0.01)
 
 
 def test_a_notebook_shows_every_prompt_and_every_candidate():

@@ -15,34 +15,38 @@ BATCH = 4
 
 
 def make(n=75, seed=0, several=True):
-    """Prompts of 3 to 20 token ids, with 0 to 3 incorrect answers, in two groups."""
+    """Prompts of 3 to 20 token ids, with 1 to 3 incorrect answers, in two groups."""
     r = random.Random(seed)
 
-    def ids(k):
-        return [r.randint(3, 96) for _ in range(k)]
+    def ids(k, low=3, high=96):
+        return [r.randint(low, high) for _ in range(k)]
 
-    return [
+    examples = [
         {
             "prompt": ids(r.randint(3, 20)),
-            "answer": r.randint(3, 96),
-            "incorrect": ids(r.randint(0, 3)) if several else r.randint(3, 96),
+            "answer": r.randint(50, 96),
+            "incorrect": ids(r.randint(1, 3), 3, 49) if several else r.randint(3, 49),
             "group": "ab"[i % 3 == 0],
         }
         for i in range(n)
     ]
+    for example in examples:  # an answer against itself would be warned about
+        if example["incorrect"] in (example["answer"], [example["answer"]]):
+            example["answer"] = 3 + (example["answer"] - 2) % 94
+    return examples
 
 
 # What cannot be read, by its index, and what the reason says.
 BAD = {
-    3: ({"prompt": [4] * 90, "answer": 5}, "more than the model's context"),
-    10: ({"prompt": [4, 5], "answer": "w3 w4"}, "is 2 tokens"),
-    11: ({"prompt": [4, 5]}, "needs the field 'answer'"),
-    20: ({"prompt": [4, 5], "answer": [5, 6]}, "has one answer"),
-    21: ({"prompt": [4, 5], "answer": 500}, "outside the vocabulary"),
+    3: ({"prompt": [4] * 90, "answer": 5, "incorrect": 6}, "more than the model's context"),
+    10: ({"prompt": [4, 5], "answer": "w3 w4", "incorrect": 6}, "is 2 tokens"),
+    11: ({"prompt": [4, 5], "incorrect": 6}, "needs the field 'answer'"),
+    20: ({"prompt": [4, 5], "answer": [5, 6], "incorrect": 6}, "has one answer"),
+    21: ({"prompt": [4, 5], "answer": 500, "incorrect": 6}, "outside the vocabulary"),
     22: ("a string", "must be a mapping"),
-    30: ({"prompt": ["w4", "w5"], "answer": 5}, "strings or token ids"),
+    30: ({"prompt": ["w4", "w5"], "answer": 5, "incorrect": 6}, "strings or token ids"),
     31: ({"prompt": [4, 5], "answer": 5, "incorrect": [None]}, "strings or token ids"),
-    39: ({"prompt": "", "answer": 5}, "prompt is empty"),
+    39: ({"prompt": "", "answer": 5, "incorrect": 6}, "prompt is empty"),
 }
 
 
@@ -73,7 +77,9 @@ def stack(stored):
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The files of a folder, without those that a killed run was just writing."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def counted(monkeypatch):

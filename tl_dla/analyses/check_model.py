@@ -13,7 +13,7 @@ model and tokens, whole vectors at every position, layer by layer:
 An identity fails when the difference is more than rounding can explain in the model's dtype.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.residual import head_vectors, scale_probe, through, vector_probes, walk
-from tl_dla.core.rows import upcast
-from tl_dla.core.taps import Probe, run
+from tl_dla.core.decomposition import Decomposition
+from tl_dla.core.heads import HeadSplit
+from tl_dla.core.readout import Readout
+from tl_dla.core.rounding import is_multiple, vector_tolerance
+from tl_dla.core.taps import Tap, forward
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.inputs.selection import Unit
-from tl_dla.inputs.tokens import read_positions, read_prompts
-from tl_dla.model.reader import ModelReader, is_bridge, output_transform
+from tl_dla.inputs.models import require_model
+from tl_dla.inputs.positions import read_positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection
+from tl_dla.inputs.targets import NO_TARGETS
+from tl_dla.inputs.tokens import read_prompts
+from tl_dla.model.hooks import is_bridge, upcast
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import ResidPoint, Step
+from tl_dla.model.unembedding import output_transform
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Of ‖expected‖: the model's own rounding, and that of contractions in (at least) float32.
-_ROUNDINGS, _CONTRACTIONS = 4.0, 32.0
 
 
 @dataclass(frozen=True)
@@ -129,21 +135,23 @@ def check_model(
         >>> check_model(load_model("demo"), "The Eiffel Tower is in the city of").passed
         True
     """
+    model = require_model(model)
     reader = ModelReader(model)
     prompts = read_prompts(model, tokens)
     positions = read_positions(None, prompts)
-    stream = reader.stream()
-    unit, refusal = _unit(reader)
-    probes = vector_probes(reader, unit) + _pattern_probes(reader)
-    if stream.norm is not None:
-        probes.append(scale_probe(stream.norm))
-    probes = list({probe.key: probe for probe in probes}.values())
-    seen = run(model, prompts, positions, probes, None).values
+    stream, norm = reader.stream(), reader.stream().norm
+    blocks, refusal = _blocks(reader)
+    final = Tap(stream.points[-1].site, upcast)
+    patterns = _pattern_taps(reader)
+    scale = [] if norm is None else [Tap(norm.site, lambda x: norm.scale(upcast(x)))]
+    taps = [final, *patterns.values(), *scale]
+    for block in blocks:
+        taps += [*block.parts.taps] + ([] if block.before is None else [block.before])
+    kept = forward(Query(model, prompts, positions, NO_TARGETS), taps, logits=False)
 
     real = positions.valid
-    dtype = seen["final_post"].dtype
-    contraction = max(torch.finfo(dtype).eps, reader.eps if dtype == torch.float64 else 0.0)
-    tolerance = _ROUNDINGS * reader.eps + _CONTRACTIONS * contraction
+    dtype = kept[final].dtype
+    tolerance = vector_tolerance(reader.machine_eps, dtype)
 
     def identity(layer: int | None, name: str, got: Tensor, want: Tensor) -> Identity:
         miss, want = (got.to(dtype) - want.to(dtype))[real], want[real].to(dtype)
@@ -151,20 +159,37 @@ def check_model(
         return Identity(layer, name, float(miss.abs().max()), float(relative.max()), tolerance)
 
     found: list[Identity] = []
-    for gap in walk(reader, seen, "component")[2]:
-        start = not found
-        layer = None if start else gap.point.layer - 1
-        if unit == "head" and layer is not None and (heads := _heads(reader, layer, seen)):
-            found.append(identity(layer, f"{layer}_attn_out = heads + output bias", *heads))
-        name = "0_pre = embeddings" if start else f"{gap.point.label} = stream before it + writes"
-        found.append(identity(layer, name, gap.seen - gap.missing, gap.seen))
+    for block in blocks:
+        known, total = block.parts.scaled(kept), torch.zeros_like(kept[final])
+        if block.before is not None:
+            total = known.scaled(block.start.contract(kept[block.before]), block.start)
+        for step, readout in block.parts.steps[:-1]:
+            wrote = None
+            if (tap := block.parts.stream.value.get(step)) is not None and step.kind != "residual":
+                wrote = known.scaled(kept[tap], readout)
+            elif step.kind == "bias" and step.norm.beta is not None:
+                wrote = known.scaled(readout.of_bias(step.norm.beta), readout)
+            total = total if wrote is None else total + wrote
+            split = block.parts.splits.get(step)
+            if isinstance(split, HeadSplit) and wrote is not None:
+                check = split.split(known, wrote).checks[0]
+                name = f"{split.key.label} = heads + output bias"
+                found.append(identity(step.layer, name, check.parts, check.value))
+        point = block.parts.end
+        seen = kept[block.parts.stream.value[point]]
+        if block.before is None and is_multiple(total, seen, reader.machine_eps):
+            total = seen
+        name = f"{point.label} = stream before it + writes"
+        layer = None if block.before is None else point.layer - 1
+        name = "0_pre = embeddings" if block.before is None else name
+        found.append(identity(layer, name, total, seen))
     logits = _call(model, prompts.packed)
-    name, read = "logits = unembedding of the stream", _read_out(reader, seen)
-    found.append(identity(None, name, read, logits))
-    for key, sums in seen.items():
-        if key.startswith("pattern "):
-            name = f"{key}: attention rows sum to 1"
-            found.append(identity(int(key.split()[1]), name, sums, torch.ones_like(sums)))
+    read = _read_out(reader, kept[final], kept[scale[0]] if scale else None)
+    found.append(identity(None, "logits = unembedding of the stream", read, logits))
+    for layer, tap in patterns.items():
+        sums = kept[tap]
+        name = f"pattern {layer}: attention rows sum to 1"
+        found.append(identity(layer, name, sums, torch.ones_like(sums)))
     if reference is not None:
         theirs = _call(reference, prompts.packed).log_softmax(-1)
         name = "log-probabilities = the reference's"
@@ -172,54 +197,73 @@ def check_model(
     return ModelCheck(reader.architecture, found, refusal)
 
 
-def _unit(reader: ModelReader) -> tuple[Unit, str]:
-    """Heads where the model shows them, and otherwise why not."""
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The steps between two borders of blocks, the second one read coordinate by coordinate.
+
+    Attributes:
+        parts: the steps and the end.
+        before: the stream at the first border; None for the start of the stream.
+        start: the readout of it.
+    """
+
+    parts: Decomposition
+    before: Tap | None
+    start: Readout
+
+
+def _blocks(reader: ModelReader) -> tuple[list[Block], str]:
+    """Every block with its heads where the model shows them; and otherwise why not."""
     try:
-        vector_probes(reader, "head")
+        return list(_split(reader, "head")), ""
     except UnsupportedModelError as error:
-        return "component", str(error)
-    return "head", ""
+        return list(_split(reader, "component")), str(error)
 
 
-def _heads(
-    reader: ModelReader, layer: int, seen: Mapping[str, Tensor]
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]] | None:
-    """What a layer's heads and bias add up to, and its `attn_out`; None for no attention."""
-    attention = reader.attention(layer)
-    if attention is None:
-        return None
-    [write] = [w for w in reader.stream().writes if w.label == f"{layer}_attn_out"]
-    rows = head_vectors(attention, seen, write.factor)
-    return torch.stack([row.value for row in rows]).sum(0), seen[write.label] * write.factor
+def _split(reader: ModelReader, unit: str) -> Iterator[Block]:
+    steps: list[Step] = []
+    before: ResidPoint | None = None
+    for step in reader.stream().steps:
+        if isinstance(step, ResidPoint) and not step.block:
+            continue
+        steps.append(step)
+        if isinstance(step, ResidPoint):
+            width = reader.model.W_U.new_empty(reader.model.cfg.d_model, 1)
+            chain = steps if before is None else [before, *steps]
+            parts = Decomposition(
+                reader, chain, Readout.identity(width), [], unit, Selection(), whole=False
+            )
+            tap = None if before is None else Tap(before.site, upcast)
+            yield Block(parts, tap, parts.steps[0][1])
+            before, steps = step, []
 
 
 def _read_out(
-    reader: ModelReader, seen: Mapping[str, Tensor]
+    reader: ModelReader,
+    x: Float[Tensor, "batch pos d_model"],
+    scale: Float[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """The logits that the final norm, the unembedding and the output transform give as read."""
-    stream, x = reader.stream(), seen["final_post"]
-    if (norm := stream.norm) is not None:
-        x = through(norm, x, seen[norm.name])
-        x = x if norm.beta is None else x + norm.beta.to(x)
+    stream, model = reader.stream(), reader.model
+    if stream.norm is not None and scale is not None:
+        x = stream.norm.forward(x, scale)
     if stream.project_out is not None:
         x = x @ stream.project_out.to(x).mT
-    model = reader.model
-    logits = x @ model.W_U.to(x)
-    return output_transform(model, logits + model.b_U.to(x))
+    return output_transform(model, x @ model.W_U.to(x) + model.b_U.to(x))
 
 
-def _pattern_probes(reader: ModelReader) -> list[Probe]:
+def _pattern_taps(reader: ModelReader) -> dict[int, Tap]:
     """The sums of the attention rows of a model whose value biases were folded."""
     if not (is_bridge(reader.model) and getattr(reader.model, "compatibility_mode", False)):
-        return []
+        return {}
     found = {
         layer: reader.site(f"blocks.{layer}.attn.hook_pattern") for layer in range(reader.n_layers)
     }
-    return [
-        Probe(f"pattern {layer}", site, lambda x: upcast(x).sum(-1).mT, whole=True)
+    return {
+        layer: Tap(site, lambda x: upcast(x).sum(-1).mT, whole=True)
         for layer, site in found.items()
         if site is not None
-    ]
+    }
 
 
 def _call(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:

@@ -9,22 +9,24 @@ too, which a baseline of the same length takes away in part.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.attribution import assemble, make_plan, require_eval
-from tl_dla.core.assembly import OWN_LOGIT
-from tl_dla.core.certificate import Reconstruction
-from tl_dla.core.result import DirectLogitAttribution
-from tl_dla.core.taps import run
+from tl_dla.core.certificate import Check, Reconstruction
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import CAUSE, OWN_LOGIT, run
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.inputs.selection import Unit, read_choice, require_unit
+from tl_dla.inputs.models import require_eval, require_model
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
-from tl_dla.inputs.tokens import Positions, read_prompts, token_strings
-from tl_dla.model.reader import Kind, ModelReader
+from tl_dla.inputs.tokens import read_prompts, token_strings
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +45,7 @@ class AnswerAttribution:
         baselines: each prompt's baseline, token by token; empty without a baseline.
     """
 
-    steps: DirectLogitAttribution
+    steps: Attribution
     answers: list[list[str]]
     baselines: list[list[str]]
 
@@ -144,7 +146,7 @@ def attribute_answer(
     layers: Sequence[int] | None = None,
     heads: Sequence[str] | None = None,
     top_neurons: int | None = None,
-    check: Literal["raise", "warn", "off"] = "raise",
+    check: Check = "raise",
     prepend_bos: bool | None = None,
 ) -> AnswerAttribution:
     """Attribute an answer of one or several tokens, in one forward pass over prompt and answer.
@@ -177,9 +179,9 @@ def attribute_answer(
         True
     """
     require_unit(unit)
+    model = require_model(model)
     require_eval(model)
-    reader = ModelReader(model)
-    choice = read_choice(reader, unit, layers, heads, top_neurons)
+    selection = read_selection(ModelReader(model), unit, layers, heads, top_neurons)
     given = read_prompts(model, prompt, prepend_bos=prepend_bos)
     starts = [row[: int(n)] for row, n in zip(given.packed, given.length, strict=True)]
     wanted = [_answers(model, answer, len(starts), "answer")]
@@ -201,9 +203,8 @@ def attribute_answer(
     index = torch.where(valid, first[:, None] + step, 0)
     positions = Positions(index, valid, False, False)
     targets = Targets(ids[..., None], torch.ones(1, 1, dtype=torch.float64))
-    plan = make_plan(reader, targets, unit, True, choice)
-    seen = run(model, prompts, positions, plan.probes, targets)
-    steps = assemble(plan, seen, prompts, positions, targets, check=check, from_cache=False)
+    once = run(Query(model, prompts, positions, targets), unit, selection)
+    steps = once.result(Attribution).certified(check, CAUSE)
     texts = [[token_strings(model, x) for x in answers] for answers in wanted]
     return AnswerAttribution(steps, texts[0], texts[1] if baseline is not None else [])
 

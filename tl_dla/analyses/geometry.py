@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.attribution import unembedding
-from tl_dla.core.decomposition import Plan
+from tl_dla.core.decomposition import logit_readout
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.targets import Targets, token_ids
+from tl_dla.inputs.targets import token_ids
 from tl_dla.inputs.tokens import token_strings
 from tl_dla.model.reader import ModelReader
+from tl_dla.model.unembedding import unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,8 +80,8 @@ def unembedding_pca(
             f"{len(ids)} tokens differ along at most {max(limit, 0)} components; n_components="
             f"{n_components} was given."
         )
-    weights = torch.eye(len(ids), dtype=torch.float64)
-    directions = token_directions(ModelReader(model), Targets(ids.reshape(1, 1, -1), weights))
+    columns, _ = unembedding(model, ids.reshape(1, 1, -1))
+    directions = logit_readout(ModelReader(model), columns)[0].direction[0, 0]
     centred = directions - directions.mean(0)
     _, size, components = torch.linalg.svd(centred, full_matrices=False)
     # A component has no sign of its own: its largest entry is taken to be positive.
@@ -95,9 +95,3 @@ def unembedding_pca(
         variance[:n_components] / variance.sum(),
         components,
     )
-
-
-def token_directions(reader: ModelReader, targets: Targets) -> Float[Tensor, "token d_model"]:
-    """The direction of the final residual stream along which each token's logit is read."""
-    columns, _ = unembedding(reader.model, targets)
-    return Plan(reader, columns, None, "component").logit.direction[0, 0]

@@ -23,18 +23,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.pattern_kinds import PatternKind, Pooled, kind, pool, scores
-from tl_dla.attribution import assemble
-from tl_dla.core.result import DirectLogitAttribution, require_heads
-from tl_dla.core.rows import upcast
-from tl_dla.core.taps import Probe, run
+from tl_dla.core.result import Attribution, require_heads
+from tl_dla.core.run import CAUSE, again
+from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.selection import Choice, place_of_head
-from tl_dla.inputs.tokens import Positions, token_strings
+from tl_dla.figures.attention_view import AttentionStyle, AttentionView
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.selection import Selection, place_of_head
+from tl_dla.inputs.tokens import token_strings
+from tl_dla.model.hooks import upcast
+from tl_dla.model.reader import ModelReader
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,7 +122,7 @@ class HeadPattern:
             )
         return pd.concat(frames, ignore_index=True)
 
-    def show(self, view: "AttentionStyle" = "patterns", *, prompt: int = 0) -> "AttentionView":
+    def show(self, view: AttentionStyle = "patterns", *, prompt: int = 0) -> AttentionView:
         """The pattern on one prompt, drawn by circuitsvis; displays itself in a notebook.
 
         Args:
@@ -153,10 +154,8 @@ class HeadPatterns(list[HeadPattern]):
 
         return pd.concat([head.to_dataframe() for head in self], ignore_index=True)
 
-    def show(self, view: "AttentionStyle" = "patterns", *, prompt: int = 0) -> "AttentionView":
+    def show(self, view: AttentionStyle = "patterns", *, prompt: int = 0) -> AttentionView:
         """All patterns on one prompt; see `HeadPattern.show`."""
-        from tl_dla.figures.attention_view import AttentionView
-
         if not self:
             raise ArgumentError("There is no head to show.")
         n_prompts = len(self[0].tokens)
@@ -189,7 +188,7 @@ class HeadPatterns(list[HeadPattern]):
         return self.summary().to_html(index=False, border=0) + self.show()._repr_html_()
 
 
-def top_heads_with_patterns(result: DirectLogitAttribution, k: int = 3) -> HeadPatterns:
+def top_heads_with_patterns(result: Attribution, k: int = 3) -> HeadPatterns:
     """The k most positive and the k most negative heads, with their attention.
 
     Runs the result's prompts once more, keeping the attention of the chosen heads' layers only.
@@ -227,14 +226,14 @@ def top_heads_with_patterns(result: DirectLogitAttribution, k: int = 3) -> HeadP
     n_heads = result.kinds.count("head")
     if not 1 <= k <= n_heads:
         raise ArgumentError(f"k must be 1 to the {n_heads} heads of the result; {k} was given.")
-    best = result.top(k, kind="head", mean=True)
-    worst = result.top(k, kind="head", mean=True, largest=False)
+    best = result.top(k, kind="head")
+    worst = result.top(k, kind="head", largest=False)
     chosen = [label for label, value in best if value > 0]
     chosen += [label for label, value in worst if value < 0]
     return HeadPatterns(_read(result, chosen))
 
 
-def _read(result: DirectLogitAttribution, labels: Sequence[str]) -> list[HeadPattern]:
+def _read(result: Attribution, labels: Sequence[str]) -> list[HeadPattern]:
     """Run the prompts again and take these heads apart."""
     prompts, positions = result.prompts, result.positions
     tokens, n_keys = prompts.packed, int(prompts.length.max())
@@ -242,21 +241,20 @@ def _read(result: DirectLogitAttribution, labels: Sequence[str]) -> list[HeadPat
         token_strings(result.model, ids[:n])
         for ids, n in zip(tokens, prompts.length.tolist(), strict=True)
     ]
-    places = {label: place_of_head(result.plan.reader, label) for label in labels}
+    reader = ModelReader(result.model)
+    places = {label: place_of_head(reader, label) for label in labels}
     layers = sorted({layer for layer, _ in places.values()})
-    plan = result.plan.split_into("source", Choice(layers=tuple(layers), heads=tuple(labels)))
-    probes = [
-        Probe(f"attention {layer}", plan.reader.mixing(layer).pattern, torch.clone, whole=True)
+    whole = {
+        layer: Tap(reader.pattern_and_values(layer).pattern, torch.clone, whole=True)
         for layer in layers
-    ]
-    seen = run(result.model, prompts, positions, [*plan.probes, *probes], result.targets)
-    again = assemble(
-        plan, seen, prompts, positions, result.targets, check="raise", from_cache=False
-    )
+    }
+    selection = Selection(layers=tuple(layers), heads=tuple(places.values()))
+    once = again(result, "source", selection, taps=list(whole.values()))
+    moved = once.result(Attribution).certified("raise", CAUSE)
 
     found = []
     for label, (layer, head) in places.items():
-        part = again.reconstruction.parts[f"the source tokens of {label}"]
+        part = moved.reconstruction.parts[f"the source tokens of {label}"]
         miss = (part.expected - result[label]).abs()
         if bool((miss > 2 * part.tolerance).any()):
             raise ArgumentError(
@@ -265,10 +263,10 @@ def _read(result: DirectLogitAttribution, labels: Sequence[str]) -> list[HeadPat
                 " again with the input."
             )
         rows = [
-            again[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in again.labels
+            moved[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in moved.labels
         ]
         rows += [torch.zeros_like(part.expected)] * (n_keys - len(rows))  # no position sees them
-        pattern = _own(seen.values[f"attention {layer}"][:, head], prompts.length)
+        pattern = _own(once.kept[whole[layer]][:, head], prompts.length)
         pooled = [
             pool(pattern[b, : len(text), : len(text)], tokens[b, : len(text)], text)
             for b, text in enumerate(texts)

@@ -30,17 +30,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_dla.analyses.vocabulary import Unembedding, read_vocabulary
-from tl_dla.attribution import require_eval
-from tl_dla.core.taps import Probe, run
+from tl_dla.analyses.vocabulary import read_vocabulary
+from tl_dla.core.rounding import logits_tolerance
+from tl_dla.core.taps import Tap, exact, forward
 from tl_dla.errors import ArgumentError, ReconstructionError, UnsupportedModelError
+from tl_dla.figures.text import shorten
+from tl_dla.inputs.models import require_eval, require_model
+from tl_dla.inputs.positions import Positions, read_positions
+from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Answers, Targets, read_targets
-from tl_dla.inputs.tokens import Positions, Prompts, read_positions, read_prompts, token_strings
-from tl_dla.model.reader import ModelReader, Point
+from tl_dla.inputs.text import pieces, text_of
+from tl_dla.inputs.tokens import Prompts, read_prompts, texts_of, token_strings
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import ResidPoint
+from tl_dla.model.unembedding import Unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from tl_dla.figures.lens import LensColour, LensView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,11 +172,56 @@ class LogitLens:
         table = pd.concat(frames, ignore_index=True)
         return table[[*order, "read_id", "logit", "probability"]]
 
-    def plot(self, **options: Any) -> "go.Figure":
-        """The classic grid of predicted tokens, point × position."""
-        from tl_dla.figures import plots
+    def plot(
+        self,
+        *,
+        prompt: int = 0,
+        colour: "LensColour" = "probability",
+        token: int = 0,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """The classic grid of predicted tokens, point × position; see `tl_dla.figures.lens`.
 
-        return plots.lens_grid(self, **options)
+        Raises:
+            ArgumentError: for a prompt or a token that the lens does not have.
+        """
+        from tl_dla.figures.charts import Look
+        from tl_dla.figures.lens import lens_grid
+
+        return lens_grid(self.view(prompt), colour, token, Look(title, width, height))
+
+    def view(self, prompt: int = 0) -> "LensView":
+        """What a figure shows of one prompt."""
+        from tl_dla.figures.lens import LensView
+
+        n = self.entropy.shape[1]
+        if not -n <= prompt < n:
+            raise ArgumentError(f"prompt must be one of the lens's {n}; {prompt} was given.")
+        valid = self.positions.valid[prompt].nonzero()[:, 0].tolist()
+
+        def shown(x: Tensor | None) -> Any:
+            x = self.entropy.new_zeros(*self.entropy.shape, 0) if x is None else x
+            return x[:, prompt, valid].detach().cpu().double().numpy()
+
+        ids = self.prompts.packed[prompt, : int(self.prompts.length[prompt])]
+        words, index = pieces(self.model, ids), self.positions.index[prompt, valid].tolist()
+        asked = torch.empty(1, 1, 0, dtype=torch.long)
+        asked = asked if self.targets is None else self.targets.ids
+        return LensView(
+            points=self.labels,
+            tokens=[words[i] for i in index],
+            positions=index,
+            prompt=f"prompt {prompt % n}: {shorten(text_of(self.model, ids))}",
+            predictions=[[layer[prompt][p] for p in valid] for layer in self.top_tokens],
+            probabilities=shown(self.top_probabilities),
+            entropy=shown(self.entropy),
+            followed=token_strings(self.model, asked[prompt % len(asked), -1]),
+            logits=shown(self.values),
+            chances=shown(self.probabilities),
+            ranks=shown(self.ranks),
+        )
 
     def __repr__(self) -> str:
         """The predictions at the last position of the first prompt."""
@@ -237,6 +291,7 @@ def logit_lens(
         >>> lens.labels[0], lens.labels[-1], lens.entropy.shape[1:]
         ('0_pre', 'final_post', torch.Size([1, 1]))
     """
+    model = require_model(model)
     reader = ModelReader(model)
     prompts = read_prompts(model, input, prepend_bos=prepend_bos, attention_mask=attention_mask)
     positions = read_positions(pos, prompts)
@@ -247,8 +302,7 @@ def logit_lens(
                 'The lens gives every token a probability and a rank, and "mean" is no token: name'
                 " the incorrect tokens."
             )
-        texts = [input] if isinstance(input, str) else input if isinstance(input, list) else None
-        batch = prompts.tokens.shape[0]
+        texts, batch = texts_of(input), prompts.tokens.shape[0]
         targets = read_targets(
             model, answer_tokens, incorrect_tokens, candidate_tokens, batch, positions, texts
         )
@@ -277,7 +331,7 @@ def logit_lens(
 
 def _record(
     reader: ModelReader,
-    points: list[Point],
+    points: list[ResidPoint],
     prompts: Prompts,
     positions: Positions,
     unembed: Unembedding,
@@ -295,29 +349,24 @@ def _record(
     # Hooks at the unembedding see the prompts' ends only; what the last block returns is the same
     # unless something lies between the two, which the certificate would notice.
     site = final.site if reader.shows_final_stream(final) else reader.last_block()
-    probes = [
-        Probe(point.label, point.site if point is not final else site, copy, whole=True)
-        for point in points
-    ]
-    probes.append(Probe("end", site, torch.clone))
+    taps = [Tap(point.site if point is not final else site, copy, whole=True) for point in points]
+    end = Tap(site, torch.clone)
     vocabulary = torch.arange(unembed.d_vocab, device=prompts.tokens.device)[None, None]
-    targets = Targets(vocabulary, torch.ones(1, 1))
-    seen = run(reader.model, prompts, ends, probes, targets)
-    with torch.no_grad():
-        states = [unembed.normalise(seen.values.pop(point.label)) for point in points]
-        assert seen.logits is not None
-        return states, unembed.normalise(seen.values["end"]), seen.logits
+    query = Query(reader.model, prompts, ends, Targets(vocabulary, torch.ones(1, 1)))
+    kept = forward(query, [*taps, end])
+    with exact():
+        states = [unembed.normalise(kept[tap]) for tap in taps]
+        assert kept.logits is not None
+        return states, unembed.normalise(kept[end]), kept.logits
 
 
 @torch.no_grad()
 def _certify(
-    reader: ModelReader, final: Point, unembed: Unembedding, last: Tensor, own: Tensor
+    reader: ModelReader, final: ResidPoint, unembed: Unembedding, last: Tensor, own: Tensor
 ) -> None:
     """Hold the reading of the final stream against the model's own logits, over the vocabulary.
 
-    √ε of the model's dtype, of the largest logit, is allowed: 3e-4 in float32 and 0.09 in bfloat16.
-    Rounding makes 1e-6 and 1e-2 of it; a norm, multiplier or soft cap that is left out makes 0.1
-    and more.
+    `logits_tolerance` says how far they may be apart.
     """
     error = max(
         float(difference.abs().nan_to_num(torch.inf).max())
@@ -326,7 +375,7 @@ def _certify(
     )
     largest = float(own.abs().max())
     dtype = next(p.dtype for p in reader.model.parameters() if p.is_floating_point())
-    if error <= torch.finfo(dtype).eps ** 0.5 * largest:
+    if error <= logits_tolerance(dtype) * largest:
         return
     if not reader.shows_final_stream(final):
         raise UnsupportedModelError(

@@ -15,24 +15,33 @@ a path of a path goes one step further back. This is the residual stream seen th
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.assembly import finish, require
-from tl_dla.core.decomposition import Plan
+from tl_dla.core.certificate import Check, Wanted
+from tl_dla.core.decomposition import Decomposition, of_query
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.rows import Block, Refined, Row, Rows, Seen
-from tl_dla.core.sources import Sources
-from tl_dla.core.taps import Recording, run
+from tl_dla.core.result import Attribution, Hop, require_input
+from tl_dla.core.rows import RowKey, ScaledKept
+from tl_dla.core.run import require_same
+from tl_dla.core.sources import SourceSplit
+from tl_dla.core.taps import exact, forward
 from tl_dla.errors import TokenError, UnsupportedModelError
-from tl_dla.inputs.selection import Choice, Unit, place_of_head, read_choice, require_unit
-from tl_dla.inputs.tokens import Positions, Prompts, token_strings
-from tl_dla.model.reader import Norm, Point, Step, Stream, StreamNorm, Write
-from tl_dla.model.sublayers import ValueMap
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection, Unit, place_of_head, read_selection, require_unit
+from tl_dla.inputs.tokens import token_strings
+from tl_dla.model.attention import ValueProjection
+from tl_dla.model.norms import Norm
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import ResidPoint, Step, StreamNorm, Write
+
+Result = TypeVar("Result", bound=Attribution)
 
 _CAUSE = (
     "The likeliest causes: a hook of yours changes activations between the stream and the head's"
@@ -40,64 +49,8 @@ _CAUSE = (
 )
 
 
-class PathPlan(Plan):
-    """The readout of the stream that a head reads at one source token, through its values.
-
-    The token axis is `pos token` of the result whose row is split: every attributed position has
-    its own readout of the source token.
-
-    Args:
-        before: the plan whose row is split.
-        values: the readout of the head's values at the source token, pattern and all scales
-            included.
-        source: where the stream is read.
-        ratio: the output transform, frozen.
-    """
-
-    def __init__(
-        self,
-        before: Plan,
-        head: tuple[int, int],
-        values: Float[Tensor, "batch 1 token d_head"],
-        source: Positions,
-        ratio: Float[Tensor, "batch 1 token"],
-        unit: Unit,
-        choice: Choice,
-    ) -> None:
-        layer, index = head
-        self.reader, self.include_bias = before.reader, True
-        self.final_beta = self.b_U = None
-        self.source, self.frozen_ratio = source, ratio
-        steps, norm = _below(before, layer)
-        self.stream = Stream(steps, None, None)
-        self.map = before.reader.value_map(layer, values.shape[-1])
-        W_V, b_V = _of_head(self.map, index, before)
-        logit = Readout(values).through_linear(W_V).times(self.map.factor)
-        beta = None if norm is None or norm.beta is None else logit.of_bias(norm.beta)
-        moved = None if b_V is None or not bool(b_V.any()) else Readout(values).of_bias(b_V)
-        self.constants = [(f"{layer}_ln1.b", beta), (f"{layer}_b_V", moved)]
-        self.logit = logit if norm is None else logit.through_norm(norm)
-        self._split_into(unit, choice)
-
-    @property
-    def whole(self) -> bool:
-        """The stream is read below one layer: there may be no part to split."""
-        return False
-
-    @property
-    def biases(self) -> list[tuple[str, Tensor | None]]:
-        """The norm's β and b_V, through the head."""
-        return self.constants
-
-    def ratio(
-        self, seen: Recording, total: Float[Tensor, "batch pos token"]
-    ) -> Float[Tensor, "batch pos token"]:
-        """The output transform of the result whose row is split."""
-        return self.frozen_ratio.to(total)
-
-
 def attribute_path(
-    result: DirectLogitAttribution,
+    result: Result,
     head: str,
     source: int | str | Sequence[int],
     *,
@@ -105,11 +58,11 @@ def attribute_path(
     layers: Sequence[int] | None = None,
     heads: Sequence[str] | None = None,
     top_neurons: int | None = None,
-    check: Literal["raise", "warn", "off"] = "raise",
-) -> DirectLogitAttribution:
+    check: Check = "raise",
+) -> Result:
     """Split what a head moved from a source token into what earlier parts wrote there.
 
-    The prompts run again (twice, where the result does not hold the head's sources).
+    The prompts run again, once for each step of the path and once for its rows.
 
     Args:
         result: of `direct_logit_attribution` with `input`, or of `attribute_path` itself: the head
@@ -124,8 +77,8 @@ def attribute_path(
         check: what a failed certificate does.
 
     Returns:
-        A `DirectLogitAttribution` whose rows add up to the source row, which is its `logit`; `path`
-        names it. Rows of the stream are followed by `9_ln1.b` and `9_b_V` where there are such.
+        A result whose rows add up to the source row, which is its `logit`; `path` names it. Rows of
+        the stream are followed by `9_ln1.b` and `9_b_V` where there are such.
 
     Raises:
         ArgumentError: for a head that the model does not have, or a result made from a cache alone.
@@ -147,90 +100,120 @@ def attribute_path(
     """
     require_unit(unit)
     require_input(result)
-    reader = result.plan.reader
+    reader = ModelReader(result.model)
     place = place_of_head(reader, head)
-    choice = read_choice(reader, unit, layers, heads, top_neurons)
-    at = result.plan.source if isinstance(result.plan, PathPlan) else result.positions
-    index = _source_positions(result, source)
-    seen, sources = _sources(result, head, at)
-    values, moved, size = _values(sources, seen, place[1], index)
-
-    batch, pos, tokens = result.ratio.shape
-    flat = (batch, 1, pos * tokens)
-    positions = Positions(index[:, None], torch.ones_like(index[:, None]).bool(), True, False)
-    plan = PathPlan(
-        result.plan,
-        place,
-        values.reshape(*flat, -1),
-        positions,
-        result.ratio.reshape(flat),
-        unit,
-        choice,
-    )
-    weights = torch.kron(torch.eye(pos, dtype=torch.float64), result.targets.weights.cpu().double())
-    again = run(result.model, result.prompts, positions, plan.probes, None)
-    rows = _reshaped(plan.rows(again, positions, weights), result.ratio.shape)
-    moved, size = (x.reshape(result.ratio.shape) for x in (moved, size))
-    label = f"{head}←{int(index[0])}" if len(index.unique()) == 1 else f"{head}←source"
-    ratio, expected = result.ratio, moved * result.ratio
-    path = finish(
-        plan, again, rows, ratio, expected, size * ratio, f"row {label}",
-        result.prompts, result.positions, result.targets, (*result.path, label),
-    )  # fmt: skip
-    require(path, _CAUSE, check)
-    return path
+    selection = read_selection(reader, unit, layers, heads, top_neurons)
+    hops = (*result.hops, Hop(*place, _source_positions(result, source)))
+    with exact():
+        end = follow(result, hops)
+        parts = end.parts(unit, selection)
+        once = forward(end.query, parts.taps, logits=False)
+        shape, targets = result.numbers.ratio.shape, result.targets
+        # The token axis is `pos token` of the result: every position has a readout of its own.
+        weights = torch.kron(torch.eye(shape[1]), targets.weights.cpu()).to(targets.weights)
+        rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
+        rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
+        ratio, size = rows.ratio, end.size.reshape(shape)
+        eps = reader.machine_eps
+        wanted = Wanted(
+            end.moved.reshape(shape) * ratio, size * ratio, f"row {hops[-1].label}", eps
+        )
+        numbers = replace(result.numbers, rows=rows.values)
+        about = (unit, selection, parts.readout.direction.shape[-1])
+        path = type(result).of(rows, wanted, numbers, result.query, about, hops)
+    return path.certified(check, _CAUSE)
 
 
 # ---- the row that is split ---------------------------------------------------------------------
 
 
-def _sources(result: DirectLogitAttribution, head: str, at: Positions) -> tuple[Seen, Sources]:
-    """What the head read at the attributed positions: from the result, or from a run for it."""
-    plan, recording = result.plan, result.seen
-    layer, index = place_of_head(plan.reader, head)
-    label = f"{layer}_attn_out"
-    found = plan.refinements.get(label)
-    if not (isinstance(found, Sources) and index in found.chosen):
-        plan = plan.split_into("source", Choice(heads=(head,)))
-        found = plan.refinements.get(label)
-        recording = run(result.model, result.prompts, at, plan.probes, None)
-    if not isinstance(found, Sources):
-        last = max(s.layer for s in plan.stream.writes if s.layer is not None)
-        raise UnsupportedModelError(
-            f"{head} wrote nothing to the stream that is read here, which ends in layer {last}."
+@dataclass(frozen=True, eq=False)
+class PathEnd:
+    """The readout of the stream that a head reads at one source token, through its values.
+
+    Attributes:
+        query: the prompts at the source token.
+        before: what the head's row is a part of.
+        hop: the head.
+        values: the readout of its values there, pattern and all scales included.
+        moved: what the values moved, before the output transform.
+        size: ‖v ⊙ w‖ of them.
+        ratio: the output transform, frozen.
+    """
+
+    query: Query
+    before: Decomposition
+    hop: Hop
+    values: Float[Tensor, "batch 1 token d_head"]
+    moved: Float[Tensor, "batch 1 token"]
+    size: Float[Tensor, "batch 1 token"]
+    ratio: Float[Tensor, "batch 1 token"]
+
+    def parts(self, unit: Unit, selection: Selection) -> Decomposition:
+        """What wrote to the stream that the head reads."""
+        return through_head(self.before, self.hop, self.values, (unit, selection))
+
+
+def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
+    """Go back along a path, a forward pass for each of its steps."""
+    query, flat = result.query, result.numbers.ratio.flatten(1)[:, None]
+    end: PathEnd | None = None
+    for hop in hops:
+        selection = Selection(heads=((hop.layer, hop.head),))
+        before = (
+            of_query(query, "source", selection) if end is None else end.parts("source", selection)
         )
-    return plan.shown(recording, at), found
+        [split] = [s for s in before.splits.values() if s.layer == hop.layer] or [None]
+        if not isinstance(split, SourceSplit):
+            layers = [step.layer for step, _ in before.steps if isinstance(step, Write)]
+            raise UnsupportedModelError(
+                f"L{hop.layer}H{hop.head} wrote nothing to the stream that is read here, which ends"
+                f" in layer {max(layer for layer in layers if layer is not None)}."
+            )
+        kept = forward(query, before.taps, logits=end is None)
+        if end is None:
+            require_same(result, before, kept)
+        read = _values(split, before.scaled(kept, query.positions), hop)
+        index = hop.source[:, None]
+        at = Positions(index, torch.ones_like(index).bool(), True, False)
+        query = replace(query, positions=at)
+        values, moved, size = (rearrange(x, "b pos t ... -> b 1 (pos t) ...") for x in read)
+        end = PathEnd(query, before, hop, values, moved, size, flat)
+    assert end is not None
+    return end
 
 
 def _values(
-    sources: Sources, seen: Seen, head: int, index: Int[Tensor, " batch"]
+    split: SourceSplit, kept: ScaledKept, hop: Hop
 ) -> tuple[
     Float[Tensor, "batch pos token d_head"],
     Float[Tensor, "batch pos token"],
     Float[Tensor, "batch pos token"],
 ]:
     """The readout of the head's values at the source token, what they moved, and ‖v ⊙ w‖."""
-    readout = sources.readout(seen)
-    direction = seen.scaled(readout.direction[..., head, :], readout)
-    pattern = seen.values[f"pattern {sources.layer}"][:, :, head].to(direction)
+    readout = split.readout(kept)
+    direction = kept.scaled(readout.direction[..., hop.head, :], readout)
+    pattern = kept[split.pattern_tap][:, :, hop.head].to(direction)
+    index = hop.source.to(direction.device)
     rows = torch.arange(len(index), device=direction.device)
-    index = index.to(direction.device)
-    weight = pattern[rows, :, index]
-    direction = direction * weight[..., None, None]
-    v = sources.values_of(seen)[rows, index, head].to(direction)
-    moved = torch.einsum("bptd,bd->bpt", direction, v)
-    size = torch.einsum("bptd,bd->bpt", direction.square(), v.square()).sqrt()
-    return direction, moved, size
+    direction = direction * pattern[rows, :, index][..., None, None]
+    v = (
+        split.values_of(kept)[rows, index, hop.head]
+        .to(direction)[:, None]
+        .expand(-1, direction.shape[1], -1)
+    )
+    here = Readout(direction)
+    return direction, here.contract(v), here.norm_of(v)
 
 
 def _source_positions(
-    result: DirectLogitAttribution, source: int | str | Sequence[int]
+    result: Attribution, source: int | str | Sequence[int]
 ) -> Int[Tensor, " batch"]:
     """The source token of each prompt, counted over its real tokens."""
     prompts = result.prompts
     lengths = prompts.length.tolist()
     if isinstance(source, str):
-        places = [_find(result, prompts, row, source) for row in range(len(lengths))]
+        places = [_find(result, row, source) for row in range(len(lengths))]
     else:
         places = [source] * len(lengths) if isinstance(source, int) else list(source)
     if len(places) != len(lengths):
@@ -242,7 +225,8 @@ def _source_positions(
     return torch.tensor(resolved, device=prompts.tokens.device)
 
 
-def _find(result: DirectLogitAttribution, prompts: Prompts, row: int, text: str) -> int:
+def _find(result: Attribution, row: int, text: str) -> int:
+    prompts = result.prompts
     texts = token_strings(result.model, prompts.packed[row, : int(prompts.length[row])])
     places = [place for place, token in enumerate(texts) if token == text]
     if len(places) != 1:
@@ -256,52 +240,52 @@ def _find(result: DirectLogitAttribution, prompts: Prompts, row: int, text: str)
 # ---- the stream below it -----------------------------------------------------------------------
 
 
-def _below(plan: Plan, layer: int) -> tuple[tuple[Step, ...], Norm | None]:
+def through_head(
+    before: Decomposition,
+    hop: Hop,
+    values: Float[Tensor, "batch pos token d_head"],
+    about: tuple[Unit, Selection],
+) -> Decomposition:
+    """The readout of a head's values pulled back to the stream that it reads."""
+    reader, layer = before.reader, hop.layer
+    steps, norm = _below(before, layer)
+    projection = reader.value_projection(layer, values.shape[-1])
+    W_V, b_V = _of_head(projection, reader, hop)
+    readout = Readout(values)
+    logit = readout.through_linear(W_V).times(projection.factor)
+    beta = None if norm is None or norm.beta is None else logit.of_bias(norm.beta)
+    moved = None if b_V is None or not bool(b_V.any()) else readout.of_bias(b_V)
+    constants = [(RowKey("bias", layer, "ln1.b"), beta), (RowKey("bias", layer, "b_V"), moved)]
+    logit = logit if norm is None else logit.through_norm(norm)
+    return Decomposition(reader, steps, logit, constants, *about, whole=False)
+
+
+def _below(before: Decomposition, layer: int) -> tuple[list[Step], Norm | None]:
     """The steps of the stream up to what the layer's attention reads, and the norm in between."""
-    steps, label = list(plan.stream.steps), f"{layer}_attn_out"
-    [write] = [i for i, step in enumerate(steps) if getattr(step, "label", "") == label]
-    steps = steps[:write]
-    norm = plan.reader.attention_norm(layer)
+    reader = before.reader
+    steps: list[Step] = []
+    for step, _ in before.steps:
+        if isinstance(step, Write) and (step.layer, step.name) == (layer, "attn_out"):
+            break
+        steps.append(step)
+    norm = reader.attention_norm(layer)
     if steps and isinstance(last := steps[-1], StreamNorm):
         norm = last.norm
         steps.pop()
-    if not steps or not isinstance(steps[-1], Point):
-        before = steps[-1].label if steps and isinstance(steps[-1], Write) else "nothing"
+    if not steps or not isinstance(steps[-1], ResidPoint):
+        written = steps[-1].label if steps and isinstance(steps[-1], Write) else "nothing"
         raise UnsupportedModelError(
-            f"{plan.reader.architecture} does not show the stream that blocks.{layer}.attn reads"
-            f' (after {before}), so no path goes back from its heads; unit="source" works.'
+            f"{reader.architecture} does not show the stream that blocks.{layer}.attn reads"
+            f' (after {written}), so no path goes back from its heads; unit="source" works.'
         )
-    return tuple(steps), norm
+    return steps, norm
 
 
 def _of_head(
-    values: ValueMap, head: int, plan: Plan
+    projection: ValueProjection, reader: ModelReader, hop: Hop
 ) -> tuple[Float[Tensor, "d_model d_head"], Float[Tensor, " d_head"] | None]:
     """The head's own W_V and b_V; heads of a group share theirs."""
-    attention = plan.reader.attention(values.layer)
+    attention = reader.attention(hop.layer)
     assert attention is not None
-    n_heads, groups = attention.W_O.shape[0], values.W_V.shape[0]
-    group = head * groups // n_heads
-    return values.W_V[group], None if values.b_V is None else values.b_V[group]
-
-
-def _reshaped(rows: Rows, shape: torch.Size) -> Rows:
-    """Rows with the positions of the result in place of the source token's."""
-
-    def at(x: Float[Tensor, "batch 1 token"]) -> Float[Tensor, "batch pos target"]:
-        return x.reshape(shape)
-
-    return Rows(
-        [Row(x.label, x.kind, x.layer, at(x.value)) if isinstance(x, Row) else
-         Block(x.labels, x.kind, x.layer, x.values.reshape(-1, *shape)) for x in rows.blocks],
-        at(rows.total),
-        at(rows.magnitude),
-        at(rows.final),
-        [
-            Refined(
-                part.label, part.parts_are, at(part.value), at(part.parts), at(part.gross),
-                at(part.magnitude),
-            )
-            for part in rows.refined
-        ],
-    )  # fmt: skip
+    group = hop.head * projection.W_V.shape[0] // attention.W_O.shape[0]
+    return projection.W_V[group], None if projection.b_V is None else projection.b_V[group]

@@ -1,26 +1,30 @@
 """What a row promotes: the tokens whose logits it raises and lowers most.
 
-A row's value is linear in the unembedding: with y what the row wrote, read through the frozen
-norms, it moves the logit of token v by y · W_U[:, v]. y comes from one more run of the prompt with
-the unit vectors in place of a token's column of W_U; the vocabulary is then read chunk by chunk. A
-soft cap is frozen at each token's own ratio capped/raw.
+A row's value is linear in the unembedding: with y what the row wrote, through the frozen final
+norm, it moves the logit of token v by y · W_U[:, v]. What it wrote comes from one more run of the
+prompt; the vocabulary is then read chunk by chunk. A soft cap is frozen at each token's own ratio
+capped/raw.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.analyses.vocabulary import Unembedding
-from tl_dla.core.decomposition import Plan
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.taps import run
+from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.result import Attribution, require_input
+from tl_dla.core.rows import RowKey
+from tl_dla.core.taps import Tap, exact, forward
+from tl_dla.core.vectors import vectors_of
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.selection import Choice, Unit
-from tl_dla.inputs.tokens import Positions, token_strings
-from tl_dla.model.reader import compute_dtype
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.selection import Selection, Unit
+from tl_dla.inputs.tokens import token_strings
+from tl_dla.model.hooks import upcast
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.unembedding import Unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +68,7 @@ class PromotedTokens:
 
 
 def promoted_tokens(
-    result: DirectLogitAttribution,
+    result: Attribution,
     label: str,
     k: int = 10,
     *,
@@ -73,13 +77,13 @@ def promoted_tokens(
     chunk_size: int = 16384,
 ) -> PromotedTokens:
     """The tokens whose logits a row raises and lowers most; see `result.promoted_tokens`."""
-    result[label]  # an unknown label has its own message
+    key = result.keys[result.index(label)]
     require_input(result)
     if k < 1 or chunk_size < 1:
         raise ArgumentError(
             f"k and chunk_size must be at least 1; {k} and {chunk_size} were given."
         )
-    if result.path or label.endswith("_other_neurons"):
+    if result.path or key.kind == "neurons":
         raise ArgumentError(
             f"Row {label!r} is not written to the final stream by one part of the model: ask for a"
             " row of direct_logit_attribution, such as a head or a neuron."
@@ -87,13 +91,14 @@ def promoted_tokens(
     row = _one(prompt, len(result.prompts.tokens), "prompt", "prompts")
     places = result.positions.index[row][result.positions.valid[row]]
     place = places[_one(position, len(places), "position", "attributed positions")]
-    wrote, total = _vectors(result, label, row, place.reshape(1, 1))
-    effect = _effect(result, None if label == "b_U" else wrote, total, chunk_size)
+    with exact():
+        wrote, total = _vectors(result, key, row, place.reshape(1, 1))
+        effect = _effect(result, None if key == B_U else wrote, total, chunk_size)
     return PromotedTokens(label, effect, _top(result, effect, k, 1), _top(result, effect, k, -1))
 
 
 def _top(
-    result: DirectLogitAttribution, effect: Float[Tensor, " d_vocab"], k: int, sign: int
+    result: Attribution, effect: Float[Tensor, " d_vocab"], k: int, sign: int
 ) -> list[tuple[str, float]]:
     top = (sign * effect).topk(min(k, len(effect)))
     names = token_strings(result.model, top.indices)
@@ -110,46 +115,53 @@ def _one(given: int | None, n: int, name: str, names: str) -> int:
 
 
 def _vectors(
-    result: DirectLogitAttribution, label: str, row: int, place: Int[Tensor, "1 1"]
+    result: Attribution, key: RowKey, row: int, place: Int[Tensor, "1 1"]
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """What the row, and all of them, give to the unembedding at one position of one prompt."""
-    reader = result.plan.reader
-    weight = result.model.W_U
-    basis = torch.eye(len(weight), dtype=compute_dtype(weight.dtype), device=weight.device)
-    plan = Plan(reader, basis[None, None], None, *_unit(result, label))
+    reader = ModelReader(result.model)
+    stream, parts = reader.stream(), vectors_of(reader, *_unit(result, key))
     positions = Positions(place, torch.ones_like(place).bool(), True, False)
-    prompts = result.prompts.part(slice(row, row + 1))
-    rows = plan.rows(run(result.model, prompts, positions, plan.probes, None), positions)
-    found = {own.label: own.value for own in rows.rows}
-    return found.get(label, torch.zeros_like(rows.total))[0, 0], rows.total[0, 0]
+    query = replace(result.query.part(slice(row, row + 1)), positions=positions)
+    norm, taps = stream.norm, parts.taps
+    if norm is not None:
+        taps = [*taps, Tap(norm.site, lambda x: norm.scale(upcast(x)))]
+    kept = forward(query, taps, logits=False)
+    rows = parts.rows(kept, positions)
+    found = dict(zip(rows.keys, rows.values, strict=True))
+    wrote, total = found.get(key, torch.zeros_like(rows.total)), rows.total
+    if norm is not None:
+        scale = kept[taps[-1]]
+        wrote, total = norm.through(wrote, scale), norm.forward(total, scale)
+        if key == LN_FINAL_B and norm.beta is not None:
+            wrote = norm.beta.to(total).expand_as(total)
+    if stream.project_out is not None:
+        wrote, total = (x @ stream.project_out.to(x).mT for x in (wrote, total))
+    return wrote[0, 0], total[0, 0]
 
 
-def _unit(result: DirectLogitAttribution, label: str) -> tuple[Unit, bool, Choice]:
+def _unit(result: Attribution, key: RowKey) -> tuple[Unit, Selection]:
     """The unit that has the row and little else."""
-    at = result.labels.index(label)
-    kind, layer = result.kinds[at], result.layers[at]
-    layers = None if layer is None else (layer,)
-    if kind == "source":
-        return "source", True, Choice(heads=(label.partition("←")[0],))
-    if kind in ("neuron", "expert"):
-        neurons = (label,) if kind == "neuron" else ()
-        return "neuron", True, Choice(layers, neurons=neurons, alone=True)
-    if kind == "head" or label.endswith("_attn_bias"):
-        return "head", True, Choice(layers)
-    if label.endswith("_bias"):
-        return "neuron", True, Choice(layers, neurons=(), alone=True)
-    return ("layer" if result.unit == "layer" else "component"), True, Choice()
+    layers = None if key.layer is None else (key.layer,)
+    if key.kind == "source":
+        return "source", Selection(heads=((key.layer or 0, key.index or 0),))
+    if key.kind in ("neuron", "expert") or (key.kind == "bias" and key.name == "mlp_bias"):
+        neurons = ((key.layer or 0, key.index or 0),) if key.kind == "neuron" else ()
+        return "neuron", Selection(layers, neurons=neurons, alone=True)
+    if key.kind == "head" or key.name == "attn_bias":
+        return "head", Selection(layers)
+    return ("layer" if result.unit == "layer" else "component"), Selection()
 
 
 def _effect(
-    result: DirectLogitAttribution,
+    result: Attribution,
     wrote: Float[Tensor, " d"] | None,
     total: Float[Tensor, " d"],
     chunk_size: int,
 ) -> Float[Tensor, " d_vocab"]:
     """What a vector (or None for b_U itself) adds to each token's logit."""
     effects = []
-    for chunk in Unembedding(result.model, result.plan.stream, chunk_size).chunks():
+    stream = ModelReader(result.model).stream()
+    for chunk in Unembedding(result.model, stream, chunk_size).chunks():
         moved = chunk.bias if wrote is None else wrote @ chunk.columns
         effects.append(moved * chunk.ratio(total))
     return torch.cat(effects)

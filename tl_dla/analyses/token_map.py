@@ -19,24 +19,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.analyses.paths import PathPlan
-from tl_dla.attribution import unembedding
-from tl_dla.core.baseline import is_linear
-from tl_dla.core.decomposition import Plan
+from tl_dla.analyses.paths import follow, through_head
+from tl_dla.core.decomposition import Decomposition, logit_readout
+from tl_dla.core.heads import HeadSplit
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import DirectLogitAttribution
-from tl_dla.core.stream_rows import is_rescaled_embedding
-from tl_dla.core.taps import run
+from tl_dla.core.result import Attribution, Hop
+from tl_dla.core.rounding import is_multiple
+from tl_dla.core.taps import Tap, forward
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.inputs.selection import Choice, place_of_head
-from tl_dla.inputs.targets import Targets, token_ids
-from tl_dla.inputs.tokens import Positions, Prompts, token_strings
-from tl_dla.model.reader import ModelReader, Point, Write
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection, place_of_head
+from tl_dla.inputs.targets import NO_TARGETS, token_ids
+from tl_dla.inputs.tokens import Prompts, token_strings
+from tl_dla.model.hooks import upcast
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import ResidPoint, Write
+from tl_dla.model.unembedding import is_linear, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_CHUNK = 8192  # tokens whose directions are held at once
 
 Tokens = Sequence[str | int] | Int[Tensor, " token"]
 
@@ -87,9 +89,7 @@ class TokenMap:
         return embeddings.to(direction) @ direction.mT * self.factor
 
 
-def token_map(
-    model: Any, layer: int, head: int, *, path: DirectLogitAttribution | None = None
-) -> TokenMap:
+def token_map(model: Any, layer: int, head: int, *, path: Attribution | None = None) -> TokenMap:
     """The frozen linear map from a source token's embedding to output logits, through one head.
 
     Args:
@@ -115,18 +115,19 @@ def token_map(
     if path is None:
         _direction(reader, layer, head, torch.zeros(1, dtype=torch.long))  # refused now or never
         return TokenMap(model, layer, head, 1.0)
-    plan = path.plan
-    if not isinstance(plan, PathPlan) or [x.partition("←")[0] for x in path.path] != [label]:
+    if [hop.label.partition("←")[0] for hop in path.hops] != [label]:
         raise ArgumentError(f"path must be a result of attribute_path through {label} alone.")
-    if path.ratio.shape[:2] != (1, 1):
+    if path.numbers.ratio.shape[:2] != (1, 1):
         raise ArgumentError("path must be of one prompt and one attributed position.")
     # The path's readout of the embedding is this one times the factor.
     direction = _direction(reader, layer, head, path.targets.ids.reshape(-1)[:1])[0]
-    scales = {name: x for name, x in path.seen.values.items() if x.ndim == 2}
-    frozen = _of_embedding(plan).frozen(scales)
+    end = follow(path, path.hops)
+    parts = end.parts("component", Selection())
+    scales = parts.scaled(forward(end.query, parts.taps, logits=False)).scales
+    frozen = _of_embedding(parts).frozen(scales)
     own = frozen.direction[0, 0, 0].to(direction)
     own = own if frozen.scale is None else own / frozen.scale[0, 0].to(own)
-    ratio = path.ratio[0, 0, 0].to(own) if is_linear(model) else 1.0
+    ratio = path.numbers.ratio[0, 0, 0].to(own) if is_linear(model) else 1.0
     return TokenMap(model, layer, head, float(ratio * (own @ direction) / direction.square().sum()))
 
 
@@ -134,46 +135,46 @@ def _direction(
     reader: ModelReader, layer: int, head: int, targets: Int[Tensor, " target"]
 ) -> Float[Tensor, "target d_model"]:
     """Each target's readout of the embedding through the head, every scale left out."""
-    weights = torch.eye(len(targets), dtype=torch.float64)
-    columns, _ = unembedding(reader.model, Targets(targets.reshape(1, 1, -1), weights))
-    plan = Plan(reader, columns, None, "head", choice=Choice(layers=(layer,)))
-    [(attention, _, heads)] = plan.attention
-    if reader.mixing(layer).gate is not None:
+    columns, _ = unembedding(reader.model, targets.reshape(1, 1, -1))
+    logit, _ = logit_readout(reader, columns)
+    steps, selection = reader.stream().steps, Selection(layers=(layer,))
+    parts = Decomposition(reader, steps, logit, [], "head", selection)
+    [split] = parts.splits.values()
+    if reader.pattern_and_values(layer).gate is not None:
         raise UnsupportedModelError(
             f"{reader.architecture} multiplies what the heads of layer {layer} mix by a gate that"
             " differs from prompt to prompt, so they are no map from tokens to tokens."
         )
-    values = heads.direction[..., head, :]
-    nowhere = torch.zeros(1, 1, dtype=torch.long)
-    source = Positions(nowhere, nowhere == 0, True, False)
-    ratio = torch.ones_like(values[..., 0])
-    path = PathPlan(plan, (layer, head), values, source, ratio, "component", Choice())
+    assert isinstance(split, HeadSplit)
+    values = split.heads.direction[..., head, :]
+    hop = Hop(layer, head, torch.zeros(1, dtype=torch.long))
+    path = through_head(parts, hop, values, ("component", Selection()))
     return _of_embedding(path).direction[0, 0]
 
 
-def _of_embedding(plan: Plan) -> Readout:
-    for step, readout in plan.steps:
-        if isinstance(step, Write) and step.label == "embed":
+def _of_embedding(parts: Decomposition) -> Readout:
+    for step, readout in parts.steps:
+        if isinstance(step, Write) and step.name == "embed":
             return readout
-    raise UnsupportedModelError(f"{plan.reader.architecture} shows no token embedding.")
+    raise UnsupportedModelError(f"{parts.reader.architecture} shows no token embedding.")
 
 
 def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """What the stream starts with for each token, from a run of prompts of that token alone."""
-    d = model.W_U.shape[0]
-    plan = Plan(ModelReader(model), torch.zeros(1, 1, 1, d, device=ids.device), None, "component")
-    probes = [probe for probe in plan.probes if probe.key.startswith("vector ")]
+    reader = ModelReader(model)
+    steps = reader.stream().steps
+    embed = next((s for s in steps if isinstance(s, Write) and s.name == "embed"), None)
+    if embed is None:
+        raise UnsupportedModelError(f"{reader.architecture} shows no token embedding.")
+    taps = [Tap(embed.site, upcast)]
+    if isinstance(steps[1], ResidPoint):  # nothing else is added: it may be the embedding rescaled
+        taps.append(Tap(steps[1].site, upcast))
     start = torch.zeros_like(ids)
     positions = Positions(start[:, None], (start == 0)[:, None], True, False, shared=0)
-    prompts = Prompts(ids[:, None], start, start + 1)
-    seen = run(model, prompts, positions, probes, None).values
-    embed = seen.pop("vector embed")
-    [stream] = seen.values()
-    alone = getattr(plan.steps[0][0], "label", "") == "embed" and isinstance(
-        plan.steps[1][0], Point
-    )
-    rescaled = alone and is_rescaled_embedding(embed, stream)
-    return (stream if rescaled else embed)[:, 0]
+    query = Query(model, Prompts(ids[:, None], start, start + 1), positions, NO_TARGETS)
+    kept = forward(query, taps, logits=False)
+    written, stream = kept[taps[0]], kept[taps[-1]]
+    return (stream if is_multiple(written, stream, reader.machine_eps) else written)[:, 0]
 
 
 def _ids(model: Any, tokens: Tokens) -> Int[Tensor, " token"]:

@@ -3,40 +3,52 @@
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_dla.analyses.logit_lens import logit_lens
-from tl_dla.attribution import direct_logit_attribution
-from tl_dla.cli import tell
-from tl_dla.cli.output import (
-    Output,
+from tl_dla.attribution import DirectLogitAttribution, direct_logit_attribution
+from tl_dla.cli.answers import (
     Prediction,
     attribution_output,
     check_output,
+    completion_output,
     dataset_output,
     lens_output,
-    require_writable,
+    rest_warning,
 )
-from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.cli.messages import tell
+from tl_dla.cli.output import Output, require_file, require_writable
 from tl_dla.errors import ArgumentError, TlDlaError
+from tl_dla.inputs.positions import Positions, read_positions
 from tl_dla.inputs.selection import require_unit
-from tl_dla.inputs.tokens import read_positions, read_prompts, token_strings
+from tl_dla.inputs.tokens import Prompts, read_prompts, token_strings
 from tl_dla.loading import load_model
+
+if TYPE_CHECKING:
+    from tl_dla.analyses.completion import AnswerAttribution
 
 
 def attribute(args: argparse.Namespace) -> Output:
     """`tl-dla attribute`."""
-    require_writable(args.out)
-    result, prediction = attributed(args)
-    return attribution_output(result, prediction, args)
+    require_writable(args)
+    if args.completion is not None:
+        steps = completed(args)
+        return completion_output(steps, predictions(steps.steps), args)
+    result = attributed(args)
+    audit = None
+    if args.audit:
+        audit = result.audit(args.top or 10, progress=sys.stderr.isatty())
+    return attribution_output(result, predictions(result)[0], audit, args)
 
 
 def lens(args: argparse.Namespace) -> Output:
     """`tl-dla lens`."""
-    require_writable(args.out)
+    require_writable(args)
     read_stdin(args)
     model = load(args)
     readings = logit_lens(
@@ -49,9 +61,11 @@ def report(args: argparse.Namespace) -> None:
     """`tl-dla report`."""
     from tl_dla.report.page import write_report
 
-    require_writable(args.out)
-    result, _ = attributed(args)
+    require_file(args.out)
+    result = attributed(args)
     tell(f"report: {result.reconstruction}")
+    if warning := rest_warning(result.labels, result.kinds, result.attribution.flatten(1)):
+        tell(f"warning: {warning}")
     path = write_report(result, args.out, k=args.top, command=args.command)
     tell(f"report: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
@@ -60,7 +74,7 @@ def check(args: argparse.Namespace) -> Output:
     """`tl-dla check`."""
     from tl_dla.analyses.check_model import check_model
 
-    require_writable(args.out)
+    require_writable(args)
     read_stdin(args)
     return check_output(check_model(load(args), args.prompt), args)
 
@@ -88,34 +102,64 @@ def summarize(args: argparse.Namespace) -> Output:
     """`tl-dla summarize`."""
     from tl_dla.datasets.dataset import summarize
 
-    require_writable(args.out)
+    require_writable(args)
     return dataset_output(summarize(args.folder), args)
 
 
 # ---- what they share ---------------------------------------------------------------------------
 
 
-def attributed(args: argparse.Namespace) -> tuple[DirectLogitAttribution, Prediction | None]:
-    """The attribution that the arguments ask for, and the model's own prediction if that is it."""
+def attributed(args: argparse.Namespace) -> DirectLogitAttribution:
+    """The attribution that the arguments ask for; of the model's own prediction by default."""
     require_unit(args.unit)
     read_stdin(args)
     model = load(args)
-    prediction = predict(model, args.prompt, args.pos) if args.answer is None else None
-    if prediction is not None:
-        own = f"the model's own prediction, {prediction.token!r}"
+    answer = args.answer
+    if answer is None and args.candidates is None:
+        prompts = read_prompts(model, args.prompt)
+        after = next_token(model, prompts, read_positions(args.pos, prompts))[0, 0]
+        answer = int(after.argmax())
+        [token] = token_strings(model, torch.tensor([answer]))
+        own = f"the model's own prediction, {token!r}"
         tell(f"{args.subcommand}: no --answer, so this is {own}")
-    answer = args.answer if prediction is None else prediction.id
-    result = direct_logit_attribution(
+    return direct_logit_attribution(
         model,
         args.prompt,
         answer,
         incorrect(args),
+        candidate_tokens=args.candidates,
         unit=args.unit,
         pos=args.pos,
         layers=args.layers,
         heads=args.heads,
     )
-    return result, prediction
+
+
+def completed(args: argparse.Namespace) -> "AnswerAttribution":
+    """The attribution of `--completion`, and of the text in `--incorrect` as its baseline.
+
+    Raises:
+        ArgumentError: for flags that have no meaning beside a completion.
+    """
+    from tl_dla.analyses.completion import attribute_answer
+
+    require_unit(args.unit)
+    baseline = incorrect(args)
+    if not (baseline is None or isinstance(baseline, str)) or baseline == "mean":
+        raise ArgumentError("--completion is compared with one text: give one --incorrect TEXT.")
+    if args.pos != -1 or args.audit:
+        flag = "--audit" if args.audit else "--pos"
+        raise ArgumentError(f"{flag} does not go with --completion, which follows the prompt.")
+    read_stdin(args)
+    return attribute_answer(
+        load(args),
+        args.prompt,
+        args.completion,
+        baseline,
+        unit=args.unit,
+        layers=args.layers,
+        heads=args.heads,
+    )
 
 
 def read_stdin(args: argparse.Namespace) -> None:
@@ -153,12 +197,25 @@ def load(args: argparse.Namespace) -> Any:
         raise ArgumentError(f"--model {args.model!r} could not be loaded: {what}") from error
 
 
-def predict(model: Any, prompt: str, pos: int) -> Prediction:
-    """The model's own most likely next token after a position."""
-    prompts = read_prompts(model, prompt)
-    positions = read_positions(pos, prompts)
-    with torch.no_grad():
-        logits = model(prompts.packed, return_type="logits")
-    probabilities = positions.take(logits)[0, 0].float().softmax(-1)
-    best = probabilities.argmax()
-    return Prediction(int(best), token_strings(model, best[None])[0], float(probabilities[best]))
+@torch.no_grad()
+def next_token(
+    model: Any, prompts: Prompts, positions: Positions
+) -> Float[Tensor, "batch pos vocab"]:
+    """The model's own probabilities of what comes after each position."""
+    return positions.take(model(prompts.packed, return_type="logits")).float().softmax(-1)
+
+
+def predictions(result: DirectLogitAttribution) -> list[list[Prediction]]:
+    """How likely the model finds each of the tokens attributed, prompt by prompt."""
+    positions, ids = result.positions, result.targets.ids
+    after = next_token(result.model, result.prompts, positions)
+    ids = ids.to(after.device).expand(*after.shape[:2], -1)
+    probabilities = after.gather(-1, ids)
+    ranks = (after[:, :, None] > probabilities[..., None]).sum(-1)
+    found = []
+    for valid, *columns in zip(positions.valid, ids, probabilities, ranks, strict=True):
+        flat = [column[valid.to(column.device)].flatten() for column in columns]
+        texts = token_strings(result.model, flat[0])
+        rows = zip(*(column.tolist() for column in flat), texts, strict=True)
+        found.append([Prediction(id, text, p, rank) for id, p, rank, text in rows])
+    return found

@@ -1,42 +1,48 @@
 """The certificate: do the rows add up to what the model returned?
 
-What rounding can explain is derived, not chosen. With ε the machine epsilon of a dtype, rounding a
-number x to it makes an error that is uniform in ±ε|x|/2, of standard deviation ε|x|/√12.
-
-* The model's own forward pass, in its dtype. Adding a write to the stream rounds every coordinate,
-  and the readout w carries the errors to the logit: standard deviation (ε/√12)·‖x ⊙ w‖/s for each
-  addition (`magnitude` below is the root of the sum of the squares over all of them), the same
-  again twice in the final norm, and ε|logit|/√12 where the logit itself is rounded.
-* The contractions, here and in the model, in at least float32: ε₃₂·√d·‖x ⊙ w‖/s for a dot product
-  of d terms, and ε₃₂ times the sum of the rows' absolute values for adding them up.
-
-Six standard deviations are allowed: chance alone exceeds them once in 500 million. A component
-that is left out is caught as soon as its row is larger than that.
+Tolerances are those of `rounding.py`. A certificate covers what it compares: the rows with the
+model's own logit, and the parts of each row that was split with that row. A sum cannot see two
+labels that were swapped, or two errors that cancel.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.errors import ReconstructionError
+from tl_dla.core.rounding import Sizes, rounding
+from tl_dla.core.rows import Rows
+from tl_dla.errors import ArgumentError, ReconstructionError
+from tl_dla.inputs.query import Query
 
-SIGMAS = 6.0
-_UNIFORM = 12.0**-0.5
+Check = Literal["raise", "warn", "off"]
+
+
+def require_check(check: str) -> None:
+    """Raise `ArgumentError` unless it is one of the three."""
+    if check not in get_args(Check):
+        raise ArgumentError(f'check must be "raise", "warn" or "off"; {check!r} was given.')
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Rows added up, against the value that they refine, at every position attributed, in logits.
+    """Rows added up, against the value that they split, at every position attributed, in logits.
 
     Attributes:
-        expected: the model's own logit (or the refined row), `[*batch_and_pos]`.
+        expected: the model's own logit (or the row that is split), `[*batch_and_pos]`.
         reconstructed: what the rows add up to, `[*batch_and_pos]`.
         tolerance: what rounding can explain (see the module), `[*batch_and_pos]`; NaN where a
             prompt has no such position.
         against: what `expected` is, in words.
-        parts: the certificates of refined rows (the heads of a layer against its `attn_out`).
+        parts: the certificates of rows that others split (a layer's heads against its `attn_out`).
+        unexplained: the largest absolute value of each `_rest` row: what no known part wrote.
+        unchecked: what could not be checked of a given cache, in words.
+        claim: what is certified, in words.
+        splits: what else is, of the rows that others split, in words.
     """
 
     expected: Float[Tensor, "..."]
@@ -44,6 +50,17 @@ class Reconstruction:
     tolerance: Float[Tensor, "..."]
     against: str = "the model's own logit"
     parts: dict[str, "Reconstruction"] = field(default_factory=dict)
+    unexplained: dict[str, float] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+    claim: str = "rows add up to"
+    splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.expected.shape == self.reconstructed.shape == self.tolerance.shape:
+            raise ReconstructionError(
+                f"The rows add up to shape {tuple(self.reconstructed.shape)}, but {self.against}"
+                f" has {tuple(self.expected.shape)}: nothing was certified."
+            )
 
     @property
     def error(self) -> Float[Tensor, "..."]:
@@ -67,8 +84,12 @@ class Reconstruction:
 
     @property
     def passed(self) -> bool:
-        """Whether every error, here and in the parts, is one that rounding can explain."""
+        """Whether every error, here and in the parts, is one that rounding can explain.
+
+        Nothing at all is no proof: an empty result never passes.
+        """
         within = bool((self.error <= self.tolerance.nan_to_num(0.0)).all())
+        within = within and bool((~self.tolerance.isnan()).any())
         return within and all(part.passed for part in self.parts.values())
 
     def __str__(self) -> str:
@@ -77,21 +98,31 @@ class Reconstruction:
             name, part = worst[0]
             return (
                 f"FAILED: {name} miss {part.against} by {part.max_error:.3g}"
-                f" (rounding explains {part._tolerance_at_worst():.1g})"
+                f" (rounding allows {part._tolerance_at_worst():.1g})"
             )
-        parts = f", and {len(self.parts)} refined rows," if self.parts else ""
         error = self._overall_error()
-        if not error:
-            return f"rows add up to {self.against}{parts} to the last digit"
-        return (
-            f"rows add up to {self.against}{parts} within {error:.1g}"
-            f" (rounding explains {self._tolerance_at_worst():.1g})"
+        close = (
+            f"error {error:.1g}, rounding allows {self._tolerance_at_worst():.1g}"
+            if error
+            else "to the last digit"
         )
+        claims = ", ".join([f"{self.claim} {self.against}", *self.splits])
+        return "; ".join([f"{claims}: {close}", *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What stands beside "passed": rows that nothing explains, and what was not checked."""
+        rests = [
+            f"{label} holds up to {value:.3g} that no known part wrote (check_model shows where)"
+            for label, value in self.unexplained.items()
+        ]
+        return [*rests, *self.unchecked]
 
     def failures(self) -> list[tuple[str, "Reconstruction"]]:
         """The certificates that fail, the whole first."""
         whole = Reconstruction(self.expected, self.reconstructed, self.tolerance, self.against)
-        named = [("the rows", whole), *self.parts.items()]
+        name = "the rows" if self.claim == "rows add up to" else self.claim.rpartition(" ")[0]
+        named = [(name, whole), *self.parts.items()]
         return [(name, part) for name, part in named if not part.passed]
 
     def _overall_error(self) -> float:
@@ -101,49 +132,129 @@ class Reconstruction:
         excess = (self.error - self.tolerance).flatten().nan_to_num(-torch.inf)
         return float(self.tolerance.flatten()[excess.argmax()]) if excess.numel() else 0.0
 
-    def require(self, cause: str) -> None:
-        """Raise `ReconstructionError` unless the certificate passed.
+    def raise_or_warn(self, check: Check, cause: str) -> None:
+        """Raise, warn or say nothing where the certificate failed.
 
-        It says the size of the miss, where it is and its likeliest cause.
+        Raises:
+            ReconstructionError: with the size of the miss, where it is and its likeliest cause.
         """
         failures = self.failures()
-        if not failures:
+        if check == "off" or not failures:
+            return
+        if check == "warn":
+            warnings.warn(f"{self}. {cause}", stacklevel=5)
             return
         name, part = failures[0]
+        if not part.error.numel():
+            raise ReconstructionError(f"There is no value to certify. {cause}")
         excess = (part.error - part.tolerance).nan_to_num(-torch.inf)
         where = torch.unravel_index(excess.argmax(), part.error.shape) if part.error.ndim else ()
         place = [int(i) for i in where]
         at = f" at [batch, pos] index {place}" if place else ""
         got, want = part.reconstructed[tuple(place)], part.expected[tuple(place)]
+        if bool(want.isnan()):
+            raise ReconstructionError(
+                f"{part.against[0].upper()}{part.against[1:]} is NaN{at}: the model's own forward"
+                " pass broke down there (overflow in half precision, or a weight that is NaN)."
+            )
         raise ReconstructionError(
             f"{name[0].upper()}{name[1:]} add up to {float(got):.6g}, but {part.against} is"
-            f" {float(want):.6g}{at}: a miss of {part.max_error:.3g}, where rounding explains"
+            f" {float(want):.6g}{at}: a miss of {part.max_error:.3g}, where rounding allows"
             f" {part._tolerance_at_worst():.1g}. {cause}"
         )
 
 
-def rounding(
-    magnitude: Float[Tensor, "*part batch pos token"],
-    final: Float[Tensor, "*part batch pos token"],
-    logits: Float[Tensor, "*part batch pos token"],
-    rows: Float[Tensor, "*part batch pos"],
-    weights: Float[Tensor, "candidate token"],
-    eps: float,
-    d: int,
-) -> Float[Tensor, "*part batch pos candidate"]:
-    """What rounding can explain, by the derivation in this module's docstring.
+_SPLITS = {
+    "the heads": "each layer's heads to its attn_out",
+    "the neurons": "each layer's neurons to its mlp_out",
+    "the experts": "each layer's experts to its mlp_out",
+    "the source tokens": "each head's source tokens to its row",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What rows must add up to.
+
+    Attributes:
+        value: after the output transform.
+        rounded: what the model rounds last in its own dtype.
+        against: what the value is, in words.
+        machine_eps: of the narrowest dtype on the way.
+        unchecked: what could not be checked of a given cache, in words.
+    """
+
+    value: Float[Tensor, "batch pos token"]
+    rounded: Float[Tensor, "batch pos token"]
+    against: str
+    machine_eps: float
+    unchecked: tuple[str, ...] = ()
+
+
+def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Reconstruction:
+    """The rows `kept` against what is wanted, and every split against its row.
 
     Args:
-        magnitude: root of the sum over additions of (‖x ⊙ w‖/s)², per target token.
-        final: ‖x ⊙ w‖/s at the place that is read.
-        logits: the target tokens' values.
-        rows: the sum of the rows' absolute values.
-        weights: how the tokens are added up.
-        eps: machine epsilon of the narrowest dtype in the model's forward pass.
+        rows: before the output transform.
+        kept: which of them add up.
+        wanted: what they add up to.
+        query: how the target tokens are added up.
         d: the length of the dot products.
     """
-    eps_compute = min(eps, torch.finfo(torch.float32).eps)
-    forward = eps * _UNIFORM * (magnitude.square() + 2 * final.square() + logits.square()).sqrt()
-    dots = eps_compute * d**0.5 * final
-    variance = (forward.square() + dots.square()) @ weights.to(forward).square().mT
-    return SIGMAS * variance.sqrt() + eps_compute * rows[..., None]
+    weights, scale = query.targets.weights.to(rows.ratio), rows.ratio.abs()
+
+    def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
+        return query.shaped((tokens * rows.ratio) @ weights.mT)
+
+    def tolerance(sizes: Sizes) -> Float[Tensor, "..."]:
+        allowed = rounding(sizes, weights, wanted.machine_eps, d).to(rows.ratio)
+        # What overflows is explained by nothing.
+        return query.shaped(allowed.nan_to_num(0.0, posinf=0.0))
+
+    readout_norm = rows.readout_norm
+    parts: dict[str, Reconstruction] = {}
+    if rows.checks:
+        value, total, abs_sum, size = (
+            torch.stack([getattr(check, name) for check in rows.checks])
+            for name in ("value", "parts", "abs_sum", "readout_norm")
+        )
+        sizes = Sizes(
+            2 * size * scale, size * scale, torch.zeros_like(size), (abs_sum * scale).sum(-1)
+        )
+        certified = zip(added(value), added(total), tolerance(sizes), strict=True)
+        for check, (want, got, miss) in zip(rows.checks, certified, strict=True):
+            name = f"{check.parts_are} of {check.key.label}"
+            parts[name] = Reconstruction(want, got, miss, f"row {check.key.label}")
+        # The model rounded each of these rows when it added their parts.
+        readout_norm = torch.cat([readout_norm[None], size]).double().square().sum(0).sqrt()
+    values = rows.values[kept]
+    sizes = Sizes(
+        readout_norm * scale,
+        rows.final_norm * scale,
+        wanted.rounded,
+        (values.abs().sum(0) * scale).sum(-1),
+    )
+    allowed = tolerance(sizes)
+    return Reconstruction(
+        query.shaped(wanted.value @ weights.mT),
+        added(values).sum(0),
+        allowed,
+        wanted.against,
+        parts,
+        _unexplained(rows, added, allowed),
+        wanted.unchecked,
+        splits=tuple(dict.fromkeys(_SPLITS[check.parts_are] for check in rows.checks)),
+    )
+
+
+def _unexplained(
+    rows: Rows, added: Callable[[Tensor], Tensor], allowed: Float[Tensor, "..."]
+) -> dict[str, float]:
+    """The `_rest` rows that are more than rounding, at their largest."""
+    found = {}
+    for key, value in zip(rows.keys, rows.values, strict=True):
+        if key.kind == "rest":
+            size = added(value).abs()
+            if bool((size > allowed).any()):
+                found[key.label] = float(size.nan_to_num(0.0).max())
+    return found

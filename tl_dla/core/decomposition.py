@@ -1,119 +1,108 @@
-"""The units of attribution: which rows, read at which hooks, with which contraction.
+"""`Decomposition`: which rows, read where, with which readout.
 
-A `Plan` is made before the forward pass: the readout is pulled back through the steps of the
-stream to every place that is read, which gives the probes. Afterwards `Plan.rows` turns what the
-probes kept into rows. Every unit is the same two steps: a place, and a dot product there. What
-splits a row of the stream into its parts is a `Refinement`.
+Made before the forward pass: the readout is pulled back through the steps of the stream to every
+place that is read, which gives the taps. Afterwards `rows` turns what the taps kept into rows.
+Every unit is the same two steps: a place, and a dot product there.
 """
 
-import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.neurons import ExpertRows, Neurons, largest
+from tl_dla.core.heads import HeadSplit, RowSplit
+from tl_dla.core.mean_logit import Mean
+from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import Block, Heads, Refined, Refinement, Row, Rows, Seen, magnitude, upcast
-from tl_dla.core.sources import Sources
-from tl_dla.core.stream_rows import stream_rows
-from tl_dla.core.taps import Probe, Recording
+from tl_dla.core.residual import StreamTaps, pull_back
+from tl_dla.core.rows import RowGroup, RowKey, Rows, ScaledKept, SplitCheck
+from tl_dla.core.sources import SourceSplit
+from tl_dla.core.taps import Kept, Tap
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.inputs.selection import Choice, Unit, require_unit
-from tl_dla.inputs.tokens import Positions
-from tl_dla.model.reader import (
-    Attention,
-    ModelReader,
-    Norm,
-    Point,
-    Rescale,
-    Step,
-    Stream,
-    StreamNorm,
-    Write,
-    output_transform,
-)
-from tl_dla.model.sublayers import Experts
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection, Unit
+from tl_dla.model.hooks import upcast
+from tl_dla.model.mlp import Experts
+from tl_dla.model.norms import Norm
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import Step, Write
+from tl_dla.model.unembedding import unembedding
+
+Constants = Sequence[tuple[RowKey, Tensor | None]]
+LN_FINAL_B, B_U = RowKey("bias", None, "ln_final.b"), RowKey("bias", None, "b_U")
+RatioOf = Callable[[Float[Tensor, "batch pos token"]], Float[Tensor, "batch pos token"]]
 
 
-class Plan:
-    """What to read in one forward pass, and what to make of it.
+class Decomposition:
+    """What is split into what: the steps of a stream, the readout of its end, the unit.
 
     Args:
         reader: the model.
-        unembed: the target tokens' columns of W_U, `[batch, pos, token, d_model]`, 1 where shared.
-        b_U: their unembedding biases.
+        steps: the stream, or the part of it that leads to the place that is read.
+        readout: how the logit is read off at its end, `[batch, pos, token, d_model]`.
+        constants: what the logit owes to no row of the stream, already in logits.
         unit: see `Unit`.
+        selection: which rows are split.
+        whole: whether the stream is read to its end, so that a model without parts to split is
+            told from a stream that ends below them.
     """
-
-    transformed = False
 
     def __init__(
         self,
         reader: ModelReader,
-        unembed: Float[Tensor, "#batch #pos token unembedded"],
-        b_U: Float[Tensor, "#batch #pos token"] | None,
+        steps: Sequence[Step],
+        readout: Readout,
+        constants: Constants,
         unit: Unit,
-        include_bias: bool = True,
-        choice: Choice | None = None,
+        selection: Selection,
+        whole: bool = True,
     ) -> None:
-        self.reader, self.b_U, self.include_bias = reader, b_U, include_bias
-        self.stream = reader.stream()
-        logit = Readout(unembed)
-        if self.stream.project_out is not None:
-            logit = logit.through_linear(self.stream.project_out.mT)
-        self.final_beta = None
-        if self.stream.norm is not None:
-            if self.stream.norm.beta is not None:
-                self.final_beta = logit.of_bias(self.stream.norm.beta)
-            logit = logit.through_norm(self.stream.norm)
-        self.logit = logit
-        self._split_into(unit, choice or Choice())
-
-    def split_into(self, unit: Unit, choice: Choice) -> "Plan":
-        """The same readout, with rows of another unit."""
-        plan = copy.copy(self)
-        plan._split_into(unit, choice)
-        return plan
-
-    def _split_into(self, unit: Unit, choice: Choice) -> None:
-        self.unit, self.choice = unit, choice
-        self.steps = pull_back(self.stream, self.logit)
-        self.refinements = self._refinements()
-        self.probes = list({probe.key: probe for probe in self._probes()}.values())
+        self.reader, self.readout = reader, readout
+        self.constants = [(key, value) for key, value in constants if value is not None]
+        self.unit, self.selection = unit, selection
+        self.steps = pull_back(steps, readout)
+        self.stream = StreamTaps.of(self.steps, every_norm=unit == "layer")
+        self.splits = self._splits(whole)
+        self._scales = {norm.name: Tap(norm.site, _scale(norm)) for norm in self._norms()}
 
     # ---- before the forward pass ---------------------------------------------------------------
 
     @property
-    def whole(self) -> bool:
-        """Whether the stream is read to its end, so that a model without parts is told from it."""
-        return True
+    def end(self) -> Step:
+        """The last residual point, where the stream is read out."""
+        return self.steps[-1][0]
 
     @property
-    def attention(self) -> list[tuple[Attention, Readout, Readout]]:
-        """Each layer's attention, with the readouts of its output and of its heads."""
-        heads = [x for x in self.refinements.values() if isinstance(x, Heads)]
-        return [(x.part, x.output, x.heads) for x in heads]
+    def taps(self) -> list[Tap]:
+        """Everything that is kept in the forward pass."""
+        splits = [tap for split in self.splits.values() for tap in (split.norm_tap, *split.taps())]
+        return [*self.stream.all(), *splits, *self._scales.values()]
 
-    @property
-    def end(self) -> str:
-        """The last sight of the stream, where it is read out."""
-        return self.stream.points[-1].label
+    def readout_of(self, name: str) -> Readout | None:
+        """The readout of the first step of that name, None where there is none."""
+        return next((readout for step, readout in self.steps if step.name == name), None)
 
-    def _refinements(self) -> dict[str, Refinement]:
-        """What splits the rows of the unit, by the row."""
+    def _norms(self) -> list[Norm]:
+        readouts = [readout.norms for _, readout in self.steps]
+        return [
+            norm
+            for norms in (*readouts, *(s.norms for s in self.splits.values()))
+            for norm in norms
+        ]
+
+    def _splits(self, whole: bool) -> dict[Step, RowSplit]:
+        """What splits the rows of the unit, by the step whose row it is."""
         if self.unit in ("component", "layer"):
             return {}
-        found: dict[str, Refinement] = {}
-        for step, readout in self.steps:
-            if isinstance(step, Write) and step.layer is not None:
-                split = self._mlp if self.unit == "neuron" else self._attention
-                refinement = split(step, step.layer, readout)
-                if refinement is not None:
-                    found[step.label] = refinement
-        if found or not self.whole:
+        split = self._mlp if self.unit == "neuron" else self._attention
+        found = {
+            step: part
+            for step, readout in self.steps
+            if isinstance(step, Write) and (part := split(step, readout)) is not None
+        }
+        if found or not whole:
             return found
         part = "MLP" if self.unit == "neuron" else "attention layer"
         raise UnsupportedModelError(
@@ -121,27 +110,23 @@ class Plan:
             f' has no {self.unit} rows; unit="component" and unit="layer" work.'
         )
 
-    def _mlp(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
-        if step.kind != "mlp" or not self.choice.has_layer(layer):
+    def _mlp(self, step: Write, readout: Readout) -> RowSplit | None:
+        layer = step.layer
+        if step.kind != "mlp" or layer is None or not self.selection.has_layer(layer):
             return None
-        name = step.label.partition("_")[2].removesuffix("_out")
-        part = self.reader.mlp(layer, name, step.site)
+        part = self.reader.mlp(layer, step.name.removesuffix("_out"), step.site)
         if part is None:
             return None
         if isinstance(part, Experts):
-            return ExpertRows(part, step.label, readout)
-        neurons = Neurons(part, step.label, readout)
-        if self.choice.neurons is not None:
-            prefix = f"L{layer}N"
-            mine = [n for n in self.choice.neurons if n.startswith(prefix)]
-            neurons.keep = [int(n.removeprefix(prefix)) for n in mine]
-            neurons.alone = self.choice.alone
-        return neurons
+            return ExpertSplit(part, step, readout)
+        keep = self.selection.neurons_of(layer)
+        return NeuronSplit(part, step, readout, keep, self.selection.alone)
 
-    def _attention(self, step: Write, layer: int, readout: Readout) -> Refinement | None:
-        if step.label != f"{layer}_attn_out":
+    def _attention(self, step: Write, readout: Readout) -> RowSplit | None:
+        layer = step.layer
+        if step.name != "attn_out" or layer is None:
             return None
-        if self.unit == "head" and not self.choice.has_layer(layer):
+        if self.unit == "head" and not self.selection.has_layer(layer):
             return None
         part = self.reader.attention(layer)
         if part is None:
@@ -149,173 +134,122 @@ class Plan:
         chosen = [
             head
             for head in range(part.W_O.shape[0])
-            if self.unit == "source"
-            and self.choice.has_layer(layer)
-            and (self.choice.heads is None or f"L{layer}H{head}" in self.choice.heads)
+            if self.unit == "source" and self.selection.has_head(layer, head)
         ]
         if not chosen:
-            return Heads(part, step.label, readout)
-        mixing, name = self.reader.mixing(layer), self.reader.architecture
-        return Sources(part, step.label, readout, mixing, chosen, name)
-
-    def _probes(self) -> list[Probe]:
-        probes = []
-        norms: dict[str, Norm] = {}
-        embedded = False
-        for step, readout in self.steps:
-            norms.update({norm.name: norm for norm in readout.norms})
-            if not isinstance(step, Write | Point):
-                continue
-            probes.append(Probe(step.label, step.site, readout.contract))
-            if isinstance(step, Point) and (step.block or self.unit == "layer"):
-                probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
-            if not embedded and (isinstance(step, Point) or step.label == "embed"):
-                embedded = isinstance(step, Point)  # to see whether the stream is the embedding
-                probes.append(Probe(f"vector {step.label}", step.site, upcast))
-            if step.label in self.refinements:
-                refinement = self.refinements[step.label]
-                norms.update({norm.name: norm for norm in refinement.norms})
-                probes.append(Probe(f"|{step.label}|", step.site, magnitude(readout)))
-                probes += refinement.probes()
-        probes += [Probe(norm.name, norm.site, _scale(norm)) for norm in norms.values()]
-        return probes
+            return HeadSplit(part, step, readout)
+        reads = self.reader.pattern_and_values(layer)
+        return SourceSplit(part, step, readout, reads, chosen)
 
     # ---- after it ------------------------------------------------------------------------------
 
-    def shown(self, seen: Recording, positions: Positions | None = None) -> Seen:
-        """What the pass has shown, with its scales known."""
-        scales = {name: x for name, x in seen.values.items() if x.ndim == 2}
+    def scaled(self, kept: Kept, positions: Positions | None = None) -> ScaledKept:
+        """Values kept by the taps, with the scales of the norms."""
         sources = None
         if positions is not None and bool(positions.valid.any()):
             sources = int(positions.index[positions.valid].max()) + 1
-        final = seen.values[self.end]
-        return Seen(seen.values, scales, final.shape, final.device, sources)
+        final = kept[self.stream.value[self.end]]
+        scales = {name: kept[tap] for name, tap in self._scales.items()}
+        return ScaledKept(kept, scales, final.shape, final.device, sources)
 
     def rows(
         self,
-        seen: Recording,
+        kept: Kept,
         positions: Positions | None = None,
+        ratio_of: RatioOf = torch.ones_like,
         weights: Float[Tensor, "candidate token"] | None = None,
     ) -> Rows:
         """The rows, in the order of the unit, before the output transform.
 
         Args:
-            seen: what the forward pass has shown.
+            kept: what the taps kept.
             positions: the attributed positions, which say how far back sources reach and which
                 positions count when neurons are ranked.
+            ratio_of: the output transform, frozen, from the total.
             weights: how the tokens are added up, for the ranking of neurons.
         """
-        shown = self.shown(seen, positions)
-        stream, points, size = stream_rows(self.reader, self.steps, shown)
-        final = shown.scaled(seen.values[f"|{self.end}|"], self.logit).abs()
-        constants = self._constants(final)
-        total = points[-1].value + sum(row.value for row in constants)
-        biases = constants if self.include_bias else []
+        known = self.scaled(kept, positions)
+        stream = self.stream.rows(self.reader, known)
+        like = stream.final_norm
+        biases = [RowGroup.one(key, x.to(like).expand_as(like)) for key, x in self.constants]
+        total = stream.points[-1].values[0] + sum(row.values[0] for row in biases)
+        ratio, sizes = ratio_of(total), (stream.readout_norm, stream.final_norm)
         if self.unit == "layer":
-            return Rows([*points, *biases], total, size, final)
-        if self.choice.top_neurons is not None:
-            self._keep_largest(shown, self.ratio(seen, total), positions, weights)
-        rows, refined = self._split(stream, shown)
-        return Rows([*rows, *biases], total, size, final, refined)
+            return Rows(stream.points, biases, total, ratio, *sizes)
+        keep: dict[Step, list[int]] = {}
+        if self.selection.top_neurons is not None:
+            keep = self._largest(known, ratio, positions, weights)
+        steps = {split.key: step for step, split in self.splits.items()}
+        first: list[RowGroup] = []
+        instead: list[RowGroup] = []
+        checks: list[SplitCheck] = []
+        for row in stream.rows:
+            step = steps.get(row.keys[0])
+            if step is None:
+                instead.append(row)
+                continue
+            split, value = self.splits[step], row.values[0]
+            if isinstance(split, NeuronSplit):
+                parts = split.split(known, value, keep.get(step))
+            else:
+                parts = split.split(known, value)
+            first += parts.first
+            instead += parts.instead
+            checks += parts.checks
+        return Rows([*first, *instead], biases, total, ratio, *sizes, checks)
 
-    def _split(self, stream: list[Row], shown: Seen) -> tuple[list[Row | Block], list[Refined]]:
-        """Parts before everything else, and each row that they split left out."""
-        splits = {
-            row.label: self.refinements[row.label].split(shown, row.value)
-            for row in stream
-            if row.label in self.refinements
-        }
-        rows = [row for split in splits.values() for row in split.first]
-        for row in stream:
-            rows += splits[row.label].instead if row.label in splits else [row]
-        return rows, [x for split in splits.values() for x in split.refined]
-
-    def _keep_largest(
+    def _largest(
         self,
-        shown: Seen,
+        kept: ScaledKept,
         ratio: Float[Tensor, "batch pos token"],
         positions: Positions | None,
         weights: Float[Tensor, "candidate token"] | None,
-    ) -> None:
+    ) -> dict[Step, list[int]]:
         """Rank all layers' neurons by their mean absolute attribution; the first keep a row."""
         weights = ratio.new_ones(1, ratio.shape[-1]) if weights is None else weights.to(ratio)
         valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
         valid = valid if positions is None else positions.valid.to(ratio.device)
-        neurons = [x for x in self.refinements.values() if isinstance(x, Neurons)]
+        neurons = {s: split for s, split in self.splits.items() if isinstance(split, NeuronSplit)}
         scores = []
-        for layer in neurons:
-            values = torch.einsum("bptn,bpt,ct->bpcn", layer.values(shown), ratio, weights)
+        for layer in neurons.values():
+            values = torch.einsum("bptn,bpt,ct->bpcn", layer.values(kept), ratio, weights)
             scores.append(values[valid].abs().mean((0, 1)))
-        for layer, keep in zip(neurons, largest(scores, self.choice.top_neurons or 0), strict=True):
-            layer.keep = keep
-
-    def ratio(
-        self, seen: Recording, total: Float[Tensor, "batch pos token"]
-    ) -> Float[Tensor, "batch pos token"]:
-        """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
-        raw, logits = seen.raw, seen.logits
-        if raw is None or logits is None:
-            raw = total
-            logits = output_transform(self.reader.model, raw)
-        ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw).to(total)
-        if self.transformed:  # the mean's direction holds each token's own ratio already
-            ratio = torch.cat([ratio[..., :-1], torch.ones_like(ratio[..., -1:])], -1)
-        return ratio
-
-    @property
-    def biases(self) -> list[tuple[str, Tensor | None]]:
-        """The constants that no row of the stream holds, already in logits."""
-        return [("ln_final.b", self.final_beta), ("b_U", self.b_U)]
-
-    def _constants(self, like: Float[Tensor, "batch pos token"]) -> list[Row]:
-        return [
-            Row(label, "bias", None, bias.to(like).expand_as(like))
-            for label, bias in self.biases
-            if bias is not None
-        ]
-
-
-def pull_back(stream: Stream, logit: Readout) -> list[tuple[Step, Readout]]:
-    """Each step with the readout of what it writes or shows, the first step first."""
-    readout, steps = logit, list[tuple[Step, Readout]]()
-    for step in reversed(stream.steps):
-        if isinstance(step, Write):
-            steps.append((step, readout.times(step.factor)))
-            continue
-        steps.append((step, readout))
-        if isinstance(step, Rescale):
-            readout = readout.times(step.factor)
-        elif isinstance(step, StreamNorm):
-            readout = readout.through_norm(step.norm)
-    return steps[::-1]
+        return dict(zip(neurons, largest(scores, self.selection.top_neurons or 0), strict=True))
 
 
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:
-    return lambda seen: norm.scale(upcast(seen))
+    return lambda x: norm.scale(upcast(x))
 
 
-def hook_names(plan: Plan) -> list[str]:
-    """The hooks that a plan reads, as a cache names them."""
-    return sorted({probe.site.name for probe in plan.probes if probe.site.hooked})
+def logit_readout(
+    reader: ModelReader, columns: Float[Tensor, "#batch #pos token unembedded"]
+) -> tuple[Readout, Float[Tensor, "#batch #pos token"] | None]:
+    """The readout of the final residual stream for columns of W_U, and what the norm's β adds."""
+    stream, logit, beta = reader.stream(), Readout(columns), None
+    if stream.project_out is not None:
+        logit = logit.through_linear(stream.project_out.mT)
+    if stream.norm is not None:
+        if stream.norm.beta is not None:
+            beta = logit.of_bias(stream.norm.beta)
+        logit = logit.through_norm(stream.norm)
+    return logit, beta
 
 
-def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
-    """The hooks that a cache must hold for `unit`, to pass as `names_filter`.
+def of_query(
+    query: Query, unit: Unit, selection: Selection, mean: Mean | None = None
+) -> Decomposition:
+    """The target tokens' logits: their columns of W_U pulled back to the end of the stream.
 
-    Args:
-        model: a `HookedTransformer` or `TransformerBridge`.
-        unit: as in `direct_logit_attribution`.
-
-    Raises:
-        UnsupportedModelError: where the unit does not work on the model.
-
-    Example:
-        >>> from tl_dla import load_model
-        >>> model = load_model("demo")
-        >>> "ln_final.hook_scale" in required_hooks(model)
-        True
+    `mean` is the vocabulary's mean capped logit (see `mean_logit.py`), which is then the last
+    target.
     """
-    require_unit(unit)
-    d = model.cfg.d_model if "project_out" not in model._modules else model.W_U.shape[0]
-    plan = Plan(ModelReader(model), torch.zeros(1, 1, 1, d), None, unit)
-    return hook_names(plan)
+    reader, targets = ModelReader(query.model), query.targets
+    columns, b_U = unembedding(query.model, targets.ids, targets.mean_of_vocab)
+    if mean is not None:
+        lead = mean.direction.shape[:2]
+        columns = torch.cat([columns[:, :, :-1].expand(*lead, -1, -1), mean.direction], 2)
+        if b_U is not None:
+            b_U = torch.cat([b_U[:, :, :-1].expand(*lead, -1), mean.bias], 2)
+    logit, beta = logit_readout(reader, columns)
+    constants = [(LN_FINAL_B, beta), (B_U, b_U)]
+    return Decomposition(reader, reader.stream().steps, logit, constants, unit, selection)

@@ -9,84 +9,104 @@ router's weights, which are frozen.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_dla.core.heads import RowSplit, sums
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import Block, Refinement, Row, Seen, Split, upcast
-from tl_dla.core.taps import Probe
-from tl_dla.model.sublayers import MLP, Experts
+from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitRows
+from tl_dla.core.taps import Tap
+from tl_dla.model.hooks import upcast
+from tl_dla.model.mlp import MLP, Experts
+from tl_dla.model.stream import Write
 
 
-class Neurons(Refinement):
+class NeuronSplit(RowSplit):
     """`3_mlp_out` as its neurons, `L3N1024`, and `3_mlp_bias`.
 
-    `keep` names the neurons that have a row of their own; the others share `3_other_neurons`, or
-    have none where the kept ones are asked for `alone`.
+    Args:
+        part: how the MLP writes.
+        step: where it joins the stream.
+        write: the readout of what joins the stream.
+        keep: the neurons that have a row of their own, where they are named.
+        alone: whether the others have no row at all, and the certificate none either.
     """
 
     part: MLP
-    keep: Sequence[int] | None = None
-    alone: bool = False
 
-    def __init__(self, part: MLP, label: str, write: Readout) -> None:
-        super().__init__(part, label, write)
+    def __init__(
+        self,
+        part: MLP,
+        step: Write,
+        write: Readout,
+        keep: Sequence[int] | None = None,
+        alone: bool = False,
+    ) -> None:
+        super().__init__(part, step, write)
+        self.keep, self.alone = keep, alone
         self.neurons = self.output.through_linear(part.W_out)
+        # Which neurons are largest shows only once the scales are known.
+        self.neurons_tap = Tap(part.site, upcast)
 
-    def probes(self) -> list[Probe]:
-        """The neurons: which of them are largest shows only once the scales are known."""
-        return [Probe(f"neurons {self.label}", self.part.site, upcast)]
+    def taps(self) -> list[Tap]:
+        """The neurons."""
+        return [self.neurons_tap]
 
     def values(
-        self, seen: Seen, keep: Sequence[int] | None = None
+        self, kept: ScaledKept, keep: Sequence[int] | None = None
     ) -> Float[Tensor, "batch pos token neuron"]:
         """What neurons wrote: all of them, or those named."""
-        z, direction = seen.values[f"neurons {self.label}"], self.neurons.direction
+        z, direction = kept[self.neurons_tap], self.neurons.direction
         if keep is not None:
             z, direction = z[..., list(keep)], direction[..., list(keep)]
-        return seen.scaled(z.to(direction)[:, :, None] * direction, self.output)
+        return kept.scaled(z.to(direction)[:, :, None] * direction, self.output)
 
-    def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
-        """The neurons first, the bias in place."""
-        layer, bias, values = self.layer, self.bias(seen), self.values(seen, self.keep)
-        kept = range(values.shape[-1]) if self.keep is None else self.keep
-        labels = [f"L{layer}N{neuron}" for neuron in kept]
-        rows: list[Row | Block] = [Block(labels, "neuron", layer, values.movedim(-1, 0))]
+    def split(
+        self,
+        kept: ScaledKept,
+        whole: Float[Tensor, "batch pos token"],
+        largest: Sequence[int] | None = None,
+    ) -> SplitRows:
+        """The neurons first, the bias in place; of `largest`, where the ranking chose them."""
+        keep = self.keep if largest is None else largest
+        layer, bias, values = self.layer, self.bias(kept), self.values(kept, keep)
+        chosen = range(values.shape[-1]) if keep is None else keep
+        keys = [RowKey("neuron", layer, index=neuron) for neuron in chosen]
+        values = rearrange(values, "batch pos token neuron -> neuron batch pos token")
+        first = [RowGroup(keys, values)]
         if self.alone:
-            return Split(rows, bias, [])
-        z, neurons = seen.values[f"neurons {self.label}"], self.neurons
-        total = seen.scaled(neurons.contract(z), neurons)
-        gross = seen.scaled(Readout(neurons.direction.abs()).contract(z.abs()), neurons)
-        refined = self.certificate(seen, "the neurons", whole, total, gross, bias)
-        if self.keep is not None:
+            return SplitRows(first, bias, [])
+        z, neurons = kept[self.neurons_tap], self.neurons
+        total = kept.scaled(neurons.contract(z), neurons)
+        absolute = kept.scaled(Readout(neurons.direction.abs()).contract(z.abs()), neurons)
+        check = self.check(kept, "the neurons", whole, [(total, absolute), *sums(bias)])
+        if keep is not None:
             z = z.clone()
-            z[..., list(self.keep)] = 0
-            others = seen.scaled(neurons.contract(z), neurons)
-            rows.append(Row(self.others, "neuron", layer, others))
-        return Split(rows, bias, [refined])
-
-    @property
-    def others(self) -> str:
-        """The row that the neurons without a row of their own share."""
-        return f"{self.label.removesuffix('_mlp_out')}_other_neurons"
+            z[..., list(keep)] = 0
+            key = RowKey("neurons", layer, f"{self.key.name.removesuffix('mlp_out')}other_neurons")
+            first.append(RowGroup.one(key, kept.scaled(neurons.contract(z), neurons)))
+        return SplitRows(first, bias, [check])
 
 
-class ExpertRows(Refinement):
+class ExpertSplit(RowSplit):
     """`3_mlp_out` as its experts, `L3E2`, and `3_shared_expert` where there is one."""
 
     part: Experts
 
-    def probes(self) -> list[Probe]:
-        """Each expert is run again on the attributed tokens that chose it, and on no other."""
-        part = self.part
-        probes = [Probe(f"experts {self.label}", part.site, self._read)]
+    def __init__(self, part: Experts, step: Write, write: Readout) -> None:
+        super().__init__(part, step, write)
+        self.experts_tap = Tap(part.site, self._read)
+        self.shared_tap = self.gate_tap = None
         if part.shared is not None:
-            read = self.output.contract
-            probes.append(Probe(f"shared {self.label}", part.shared, read))
+            self.shared_tap = Tap(part.shared, self.output.contract)
         if part.shared_gate is not None:
-            gate = torch.sigmoid
-            probes.append(Probe(f"gate {self.label}", part.shared_gate, lambda x: gate(upcast(x))))
-        return probes
+            self.gate_tap = Tap(part.shared_gate, lambda x: torch.sigmoid(upcast(x)))
+
+    def taps(self) -> list[Tap]:
+        """Each expert is run again on the attributed tokens that chose it, and on no other."""
+        taps = [self.experts_tap, self.shared_tap, self.gate_tap]
+        return [tap for tap in taps if tap is not None]
 
     def _read(
         self,
@@ -105,25 +125,26 @@ class ExpertRows(Refinement):
             values[b, p, :, expert] = torch.einsum("nd,ntd->nt", wrote.to(values), direction[b, p])
         return values
 
-    def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
+    def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The experts first; the shared expert in place of the row."""
-        layer, name = self.layer, self.label
-        routed, shared = seen.scaled(seen.values[f"experts {name}"], self.output), []
-        if self.part.shared is not None:
-            value = seen.values[f"shared {name}"]
-            if self.part.shared_gate is not None:
-                value = value * seen.values[f"gate {name}"]
-            value = seen.scaled(value, self.output)
-            label = f"{name.partition('_')[0]}_shared_expert"
-            shared = [Row(label, "expert", layer, value)]
-        instead = shared + self.bias(seen)
-        rest = whole - sum((row.value for row in instead), torch.zeros_like(whole))
+        layer, instead = self.layer, []
+        routed = kept.scaled(kept[self.experts_tap], self.output)
+        if self.shared_tap is not None:
+            value = kept[self.shared_tap]
+            if self.gate_tap is not None:
+                value = value * kept[self.gate_tap]
+            key = RowKey("expert", layer, "shared_expert")
+            instead.append(RowGroup.one(key, kept.scaled(value, self.output)))
+        instead += self.bias(kept)
+        rest = whole - sum((group.values[0] for group in instead), torch.zeros_like(whole))
         total = routed.sum(-1)
-        scaling = min(self.part.scalings, key=lambda s: float((rest - s * total).abs().nansum()))
-        routed, total = routed * scaling, total * scaling
-        refined = self.certificate(seen, "the experts", whole, total, routed.abs().sum(-1), instead)
-        labels = [f"L{layer}E{expert}" for expert in range(routed.shape[-1])]
-        return Split([Block(labels, "expert", layer, routed.movedim(-1, 0))], instead, [refined])
+        routed = routed * min(
+            self.part.scalings, key=lambda s: float((rest - s * total).abs().nansum())
+        )
+        keys = [RowKey("expert", layer, index=expert) for expert in range(routed.shape[-1])]
+        experts = RowGroup(keys, rearrange(routed, "batch pos token e -> e batch pos token"))
+        check = self.check(kept, "the experts", whole, sums([experts, *instead]))
+        return SplitRows([experts], instead, [check])
 
 
 def largest(scores: Sequence[Float[Tensor, " neuron"]], k: int) -> list[list[int]]:

@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.model.reader import Norm, compute_dtype
+from tl_dla.model.hooks import upcast
+from tl_dla.model.norms import Norm
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,8 @@ class Readout:
             residual stream, `head d_head` at the heads, `d_mlp` at the neurons.
         norms: the norms between this place and the logit; their frozen scales divide.
         scale: the product of those scales, `[*lead]`; None until a forward pass has shown it.
+        is_identity: whether there is a "token" for every coordinate of the stream, so that a
+            contraction is the activation itself and no matrix is multiplied.
 
     Example:
         >>> import torch
@@ -48,6 +53,13 @@ class Readout:
     direction: Float[Tensor, "..."]
     norms: tuple[Norm, ...] = ()
     scale: Float[Tensor, "..."] | None = None
+    is_identity: bool = False
+
+    @staticmethod
+    def identity(like: Float[Tensor, "d d_vocab"]) -> "Readout":
+        """The readout of every coordinate: what it reads off a row is the row as a vector."""
+        eye = torch.eye(len(like), dtype=upcast(like[:0]).dtype, device=like.device)
+        return Readout(eye[None, None], is_identity=True)
 
     def of(self, stack: Any) -> Float[Tensor, "..."]:
         """What vectors at this place write to the logit, in logits.
@@ -60,7 +72,9 @@ class Readout:
 
     def times(self, factor: float) -> "Readout":
         """Back through a multiplication by a number."""
-        return self if factor == 1.0 else replace(self, direction=self.direction * factor)
+        if factor == 1.0:
+            return self
+        return replace(self, direction=self.direction * factor, is_identity=False)
 
     def through_norm(self, norm: Norm) -> "Readout":
         """Back through a norm with its scale frozen: γ ⊙ w, less its mean where it centres."""
@@ -69,16 +83,22 @@ class Readout:
             direction = direction * norm.gamma.to(direction)
         if norm.centred:
             direction = direction - direction.mean(-1, keepdim=True)
-        return replace(self, direction=direction, norms=(*self.norms, norm))
+        return Readout(direction, (*self.norms, norm), self.scale)
 
     def through_linear(self, weight: Float[Tensor, "*place d"]) -> "Readout":
         """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""
         weight = weight.to(self.direction)
         *place, d = weight.shape
+        if self.is_identity:
+            return Readout(weight.movedim(-1, 0)[None, None], self.norms, self.scale)
         lead = self.direction.shape[:-1]
         # The weight first: reading it is most of the work where few tokens are attributed.
         direction = (weight.reshape(-1, d) @ self.direction.reshape(-1, d).mT).mT
         return replace(self, direction=direction.contiguous().reshape(*lead, *place))
+
+    def through_mask(self, factor: Float[Tensor, "*lead d"]) -> "Readout":
+        """Back through a multiplication of each coordinate by a frozen number."""
+        return Readout(self.direction * factor, self.norms, self.scale)
 
     def of_bias(self, bias: Float[Tensor, " d"]) -> Float[Tensor, "..."]:
         """What a constant at this place writes, before the division by the scales."""
@@ -92,7 +112,9 @@ class Readout:
         `[batch, pos, d]` gives `[batch, pos, token]`; `[batch, pos, head, d_head]` gives
         `[batch, pos, token, head]`.
         """
-        x = activation.to(compute_dtype(activation.dtype))
+        x = upcast(activation)
+        if self.is_identity:
+            return x
         w = self.direction.to(x)
         if w.shape[1] == 1 and x.ndim == 3:  # one direction for every position
             return x @ w[:, 0].mT
@@ -101,6 +123,18 @@ class Readout:
         inner = "h" if x.ndim == 4 else ""
         w, p = (w, "p") if w.shape[1] > 1 else (w[:, 0], "")
         return torch.einsum(f"bp{inner}d,b{p}t{inner}d->bpt{inner}", x, w)
+
+    def norm_of(
+        self, activation: Float[Tensor, "batch pos *place"]
+    ) -> Float[Tensor, "batch pos token *inner"]:
+        """‖x ⊙ w‖, by which rounding in x is felt, before the division by the scales."""
+        x = upcast(activation)
+        if self.is_identity:  # what a coordinate passed on its way here may be larger than its end
+            return (x.square() + x.square().mean(-1, keepdim=True)).sqrt()
+        # Of order 1 before it is squared: a direction of 1e-20 would underflow.
+        largest = self.direction.abs().amax(-1, keepdim=True).clamp(min=_TINY)
+        squared = Readout((self.direction / largest).square()).contract(x.square())
+        return squared.clamp(min=0).sqrt() * largest[..., 0].to(squared)
 
     def frozen(self, scales: Mapping[str, Float[Tensor, "batch pos"]]) -> "Readout":
         """The same readout once the scales are known."""

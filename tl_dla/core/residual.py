@@ -1,240 +1,184 @@
-"""`decompose`: what each row wrote, as vectors in the final residual stream.
+"""The rows of the residual stream: what was written between residual points, and what that misses.
 
-The slow, plain way that the fast way (`units.py`) is held to, and the thing to have for projecting
-onto directions of one's own. The rows are those of `ActivationCache.decompose_resid`,
-`accumulated_resid(incl_mid=True)` and `stack_head_results`, with the same labels, but on every
-model that attribution works on: heads pass through the norm that follows their layer, everything
-passes through what later happens to the stream itself (frozen), and what nothing explains is a
-`_rest` row.
+Where the writes of a block do not explain how the stream changed, beyond what rounding explains,
+the block gets a `_rest` row, so that nothing is missing from the total and nothing is hidden in it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.rows import upcast
-from tl_dla.core.stream_rows import is_rescaled_embedding
-from tl_dla.core.taps import Probe, cache_shape, recall
-from tl_dla.errors import ArgumentError
-from tl_dla.inputs.selection import Unit, require_unit
-from tl_dla.inputs.tokens import Prompts, read_positions
-from tl_dla.model.reader import (
-    Attention,
-    Kind,
-    ModelReader,
-    Norm,
-    Point,
-    Rescale,
-    StreamNorm,
-    Write,
-)
+from tl_dla.core.readout import Readout
+from tl_dla.core.rounding import explained_by_rounding, is_multiple
+from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, key_of
+from tl_dla.core.taps import Tap
+from tl_dla.errors import UnsupportedModelError
+from tl_dla.model.hooks import upcast
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import Rescale, ResidPoint, Step, StreamNorm, Write
+
+Steps = list[tuple[Step, Readout]]
+
+
+def pull_back(steps: Sequence[Step], readout: Readout) -> Steps:
+    """Each step with the readout of what it writes or shows, the first step first."""
+    found: Steps = []
+    for step in reversed(steps):
+        if isinstance(step, Write):
+            found.append((step, readout.times(step.factor)))
+            continue
+        found.append((step, readout))
+        if isinstance(step, Rescale):
+            readout = readout.times(step.factor)
+        elif isinstance(step, StreamNorm):
+            readout = readout.through_norm(step.norm)
+    return found[::-1]
 
 
 @dataclass(frozen=True, eq=False)
-class Vector:
-    """One row as vectors."""
-
-    label: str
-    kind: Kind
-    layer: int | None
-    value: Float[Tensor, "batch pos d_model"]
-
-
-@dataclass(frozen=True, eq=False)
-class Gap:
-    """What the rows between two sights of the stream leave unexplained."""
-
-    point: Point
-    missing: Float[Tensor, "batch pos d_model"]
-    seen: Float[Tensor, "batch pos d_model"]
-    additions: int
-
-    def explained_by_rounding(self, eps: float) -> bool:
-        """Whether the gap is one that adding the rows with this machine epsilon can leave."""
-        allowed = 6 * eps * max(self.additions, 1) ** 0.5 * self.seen.norm(dim=-1)
-        return bool((self.missing.norm(dim=-1) <= allowed).all())
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualStack:
-    """Vectors in the final residual stream, one row per part of the model.
+class StreamRows:
+    """The rows of the stream.
 
     Attributes:
-        vectors: `[row, *batch_and_pos, d_model]`; in the `component` and `head` units they add up
-            to the final residual stream.
-        labels, kinds, layers: as in `DirectLogitAttribution`, without its two bias rows, which are
-            not in the stream.
+        rows: what was written, and what is not understood.
+        points: the stream at its residual points.
+        readout_norm: root of the sum over additions of (‖x ⊙ w‖ / s)².
+        final_norm: ‖x ⊙ w‖ / s at the end.
     """
 
-    vectors: Float[Tensor, "row *batch_and_pos d_model"]
-    labels: list[str]
-    kinds: list[Kind]
-    layers: list[int | None]
-
-    def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos d_model"]:
-        """One row, by its label."""
-        if label not in self.labels:
-            raise KeyError(f"No row {label!r}; the rows are {', '.join(self.labels[:4])}, ….")
-        return self.vectors[self.labels.index(label)]
+    rows: list[RowGroup]
+    points: list[RowGroup]
+    readout_norm: Float[Tensor, "batch pos token"]
+    final_norm: Float[Tensor, "batch pos token"]
 
 
-def decompose(cache: Any, unit: Unit = "component", *, pos: Any = -1) -> ResidualStack:
-    """What each row of `unit` wrote to the final residual stream.
+@dataclass(frozen=True, eq=False)
+class StreamTaps:
+    """What to keep of the stream, step by step."""
 
-    `result.readout.of(stack)` equals the attribution of the same run: with the norm's scale
-    frozen, as `ActivationCache.logit_attrs` reads a stack.
+    steps: Steps
+    value: dict[Step, Tap] = field(default_factory=dict)
+    norm: dict[Step, Tap] = field(default_factory=dict)
+    vector: dict[Step, Tap] = field(default_factory=dict)
 
-    Args:
-        cache: an `ActivationCache` with the hooks of `required_hooks(model, unit)`.
-        unit: `"component"`, `"layer"` or `"head"`.
-        pos: as in `direct_logit_attribution`; positions count from the start of the cache.
-
-    Returns:
-        A `ResidualStack`, in at least float32: rows × positions × d_model numbers.
-
-    Raises:
-        ArgumentError: for another unit.
-        IncompleteCacheError: naming the hooks that the cache lacks.
-        UnsupportedModelError: where the unit does not work on the model.
-
-    Example:
-        >>> from tl_dla import decompose, load_model
-        >>> model = load_model("demo")
-        >>> _, cache = model.run_with_cache("The Eiffel Tower is in the city of")
-        >>> stack = decompose(cache)
-        >>> stack.labels[:3]
-        ['embed', 'pos_embed', '0_attn_out']
-    """
-    require_unit(unit)
-    if unit not in ("component", "layer", "head"):
-        raise ArgumentError(
-            f'decompose gives vectors for unit "component", "layer" or "head"; {unit!r} was given.'
-        )
-    reader = ModelReader(cache.model)
-    batch, width = cache_shape(cache)
-    length = torch.full((batch,), width)
-    tokens = torch.zeros(batch, width, dtype=torch.long)
-    positions = read_positions(pos, Prompts(tokens, torch.zeros_like(length), length))
-    seen = recall(reader, cache, None, positions, vector_probes(reader, unit)).values
-    rows, points, _ = walk(reader, seen, unit)
-    chosen = points if unit == "layer" else rows
-    vectors = torch.stack([positions.squeeze(row.value) for row in chosen])
-    return ResidualStack(
-        vectors,
-        [row.label for row in chosen],
-        [row.kind for row in chosen],
-        [row.layer for row in chosen],
-    )
-
-
-def vector_probes(reader: ModelReader, unit: Unit) -> list[Probe]:
-    """Everything that is written or seen, kept whole."""
-    probes = []
-    for step in reader.stream().steps:
-        if isinstance(step, Write | Point):
-            probes.append(Probe(step.label, step.site, upcast))
-        elif isinstance(step, StreamNorm):
-            probes.append(scale_probe(step.norm))
-    for attention in _attentions(reader) if unit == "head" else []:
-        probes.append(Probe(f"z {attention.layer}", attention.site, upcast))
-        if attention.post_norm is not None:
-            probes.append(scale_probe(attention.post_norm))
-    return probes
-
-
-def walk(
-    reader: ModelReader, seen: Mapping[str, Tensor], unit: Unit
-) -> tuple[list[Vector], list[Vector], list[Gap]]:
-    """Follow the stream from the embeddings on: rows, sights and gaps, as they end up."""
-    rows: list[Vector] = []
-    points: list[Vector] = []
-    gaps: list[Gap] = []
-    attentions = {f"{a.layer}_attn_out": a for a in _attentions(reader)} if unit == "head" else {}
-    additions = 0
-    for step in reader.stream().steps:
-        if isinstance(step, Write):
-            additions += 1
-            value = seen[step.label] * step.factor
-            if (attention := attentions.get(step.label)) is None:
-                rows.append(Vector(step.label, step.kind, step.layer, value))
-            else:
-                rows += head_vectors(attention, seen, step.factor)
-        elif isinstance(step, Point):
-            sight = seen[step.label]
-            points.append(Vector(step.label, "residual", step.layer, sight))
-            if not step.block:
+    @staticmethod
+    def of(steps: Steps, every_norm: bool) -> "StreamTaps":
+        """At the borders of blocks, or at `every_norm`al point, also ‖x ⊙ w‖."""
+        taps = StreamTaps(steps)
+        started = False
+        for step, readout in steps:
+            if not isinstance(step, Write | ResidPoint):
                 continue
-            total = sum((row.value for row in rows), torch.zeros_like(sight))
-            embedded = [row.label for row in rows] == ["embed"]
-            if embedded and is_rescaled_embedding(rows[0].value, sight):
-                rows, total = [Vector("embed", "embed", None, sight)], sight
-            gap = Gap(step, sight - total, sight, additions)
-            gaps.append(gap)
-            if not gap.explained_by_rounding(reader.eps):
-                first = len(gaps) == 1
-                label = "embed_rest" if first else f"{step.layer - 1}_rest"
-                layer = None if first else step.layer - 1
-                rows.append(Vector(label, "rest", layer, gap.missing))
-        else:
-            additions += 1
-            rows = [_onward(row, step, seen) for row in rows]
-            points = [_onward(row, step, seen) for row in points]
-            if isinstance(step, StreamNorm) and step.norm.beta is not None:
-                beta = step.norm.beta.to(rows[0].value).expand_as(rows[0].value)
-                rows.append(Vector(step.label, "bias", step.layer, beta))
-    return _in_order(rows) if unit == "head" else rows, points, gaps
+            taps.value[step] = Tap(step.site, readout.contract)
+            if isinstance(step, ResidPoint) and (step.block or every_norm):
+                taps.norm[step] = Tap(step.site, readout.norm_of)
+            if not started and (isinstance(step, ResidPoint) or step.name == "embed"):
+                started = isinstance(step, ResidPoint)  # to see whether it is the embedding
+                taps.vector[step] = Tap(step.site, upcast)
+        return taps
+
+    def all(self) -> list[Tap]:
+        """Every tap."""
+        return [*self.value.values(), *self.norm.values(), *self.vector.values()]
+
+    def rows(self, reader: ModelReader, kept: ScaledKept) -> StreamRows:
+        """What was written, block by block; what that misses is a `_rest` row."""
+        additions = [0]
+        wrote: list[tuple[RowKey, Readout, Tensor]] = []
+        blocks: list[int] = []  # of each write
+        borders: list[ResidPoint] = []
+        shown: list[tuple[RowKey, Readout, Tensor]] = []
+        sizes: list[tuple[RowKey, Readout, Tensor]] = []
+        at: list[int] = []  # the borders, among the points
+        for step, readout in self.steps:
+            if isinstance(step, ResidPoint):
+                if step.block:
+                    at.append(len(shown))
+                    borders.append(step)
+                    additions.append(0)
+                    sizes.append((key_of(step), readout, kept[self.norm[step]]))
+                shown.append((key_of(step), readout, kept[self.value[step]]))
+                continue
+            additions[-1] += 2 if isinstance(step, StreamNorm) else 1
+            if isinstance(step, Write):
+                wrote.append((key_of(step), readout, kept[self.value[step]]))
+            elif isinstance(step, StreamNorm) and step.norm.beta is not None:
+                wrote.append((key_of(step), readout, readout.of_bias(step.norm.beta)))
+            else:
+                continue
+            blocks.append(len(borders))
+        scaled = _scaled([*wrote, *shown, *sizes], kept)
+        parts, points = scaled[: len(wrote)], scaled[len(wrote) : len(wrote) + len(shown)]
+        size = torch.stack(scaled[len(wrote) + len(shown) :]).abs()
+        after = torch.stack([points[i] for i in at])
+        explained = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
+        abs_sum = after.abs()
+        if parts:
+            written, block = torch.stack(parts), torch.tensor(blocks, device=after.device)
+            explained = explained.index_add(0, block, written)
+            abs_sum = abs_sum.index_add(0, block, written.abs())
+        rest = after - explained
+        count = after.new_tensor([max(n, 1) for n in additions[:-1]]).sqrt()[:, None, None, None]
+        fine = explained_by_rounding(
+            rest, size * count, abs_sum, reader.machine_eps, self.steps[-1][1].direction.shape[-1]
+        )
+        missed = (~fine).flatten(1).any(1).tolist()
+        rows: list[RowGroup] = []
+        for number, point in enumerate(borders):
+            mine = [
+                RowGroup.one(key, value)
+                for (key, *_), value, block in zip(wrote, parts, blocks, strict=True)
+                if block == number
+            ]
+            if missed[number]:
+                mine = self._with_rest(
+                    reader, mine, number, point, after[number], rest[number], kept
+                )
+            rows += mine
+        sights = [RowGroup.one(key, value) for (key, *_), value in zip(shown, points, strict=True)]
+        total = (size * count).double().square().sum(0).sqrt()
+        return StreamRows(rows, sights, total.to(size), size[-1])
+
+    def _with_rest(
+        self,
+        reader: ModelReader,
+        rows: list[RowGroup],
+        number: int,
+        point: ResidPoint,
+        after: Float[Tensor, "batch pos token"],
+        rest: Float[Tensor, "batch pos token"],
+        kept: ScaledKept,
+    ) -> list[RowGroup]:
+        """The rows up to a residual point, with a `_rest` row for what they miss."""
+        if number == 0 and [key.name for row in rows for key in row.keys] == ["embed"]:
+            embed, start = (kept[tap] for tap in self.vector.values())
+            if is_multiple(embed, start, reader.machine_eps):
+                return [RowGroup.one(RowKey("embed", None, "embed"), after)]
+        if point is self.steps[-1][0] and not reader.shows_final_stream(point):
+            raise UnsupportedModelError(
+                f"{reader.architecture} does something to the residual stream between its last"
+                f" block and {point.site.name} that is not understood; no unit works on it."
+            )
+        key = RowKey("rest", None, "embed_rest")
+        if number:
+            key = RowKey("rest", point.layer - 1, "rest")
+        return [*rows, RowGroup.one(key, rest)]
 
 
-def head_vectors(attention: Attention, seen: Mapping[str, Tensor], factor: float) -> list[Vector]:
-    """Each head, and the output bias, through what follows: a norm, the block's multiplier."""
-    layer, W_O = attention.layer, attention.W_O
-    z = seen[f"z {layer}"].flatten(2).unflatten(2, (W_O.shape[0], -1))
-    heads = torch.einsum("bphk,hkd->hbpd", z, W_O.to(z)) * attention.factor
-    constant = torch.zeros_like(heads[0])
-    if attention.b_O is not None:
-        constant = constant + attention.b_O.to(z) * attention.factor
-    if (norm := attention.post_norm) is not None:
-        scale = seen[norm.name]
-        heads, constant = (through(norm, v, scale) for v in (heads, constant))
-        constant = constant if norm.beta is None else constant + norm.beta.to(z)
-    heads, constant = heads * factor, constant * factor
-    rows = [Vector(f"L{layer}H{h}", "head", layer, v) for h, v in enumerate(heads)]
-    if bool(constant.any()):
-        rows.append(Vector(f"{layer}_attn_bias", "bias", layer, constant))
-    return rows
-
-
-def through(
-    norm: Norm, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*stream"]
-) -> Float[Tensor, "*batch d_model"]:
-    """Forward through a norm with its scale frozen, without β."""
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    x = x / scale[..., None]
-    return x if norm.gamma is None else x * norm.gamma.to(x)
-
-
-def _onward(row: Vector, step: Rescale | StreamNorm, seen: Mapping[str, Tensor]) -> Vector:
-    if isinstance(step, Rescale):
-        value = row.value * step.factor
-    else:
-        value = through(step.norm, row.value, seen[step.norm.name])
-    return Vector(row.label, row.kind, row.layer, value)
-
-
-def _in_order(rows: list[Vector]) -> list[Vector]:
-    heads = [row for row in rows if row.kind == "head"]
-    return heads + [row for row in rows if row.kind != "head"]
-
-
-def _attentions(reader: ModelReader) -> list[Attention]:
-    found = (reader.attention(layer) for layer in range(reader.n_layers))
-    return [attention for attention in found if attention is not None]
-
-
-def scale_probe(norm: Norm) -> Probe:
-    """The scale of a norm, under its name."""
-    return Probe(norm.name, norm.site, lambda x: norm.scale(upcast(x)))
+def _scaled(
+    rows: Sequence[tuple[RowKey, Readout, Tensor]], kept: ScaledKept
+) -> list[Float[Tensor, "batch pos token"]]:
+    """Divided by their scales; rows whose readouts share their norms, together."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, (_, readout, _) in enumerate(rows):
+        together.setdefault(tuple(norm.name for norm in readout.norms), []).append(i)
+    scaled: list[Tensor] = [value for _, _, value in rows]
+    for indices in together.values():
+        values = [scaled[i].to(kept.device).expand(kept.shape) for i in indices]
+        divided = kept.scaled(torch.stack(values, -1), rows[indices[0]][1])
+        for i, value in zip(indices, divided.unbind(-1), strict=True):
+            scaled[i] = value
+    return scaled

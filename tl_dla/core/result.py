@@ -1,88 +1,222 @@
-"""`DirectLogitAttribution`: rows, labels, the model's own logit and the certificate."""
+"""`Attribution`: rows, labels, the model's own logit and the certificate. No activations."""
 
-import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.certificate import Reconstruction
-from tl_dla.core.readout import Readout
-from tl_dla.core.taps import Recording
-from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.inputs.selection import rows_to_rank
+from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify
+from tl_dla.core.rows import RowKey, Rows
+from tl_dla.core.view import view_of
+from tl_dla.errors import ArgumentError
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.targets import Targets
-from tl_dla.inputs.tokens import Positions, Prompts, token_strings
-from tl_dla.model.reader import Kind
+from tl_dla.inputs.tokens import Prompts, token_strings
+from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
-    from os import PathLike
-    from pathlib import Path
+    from typing import Self
 
     import pandas as pd
     import plotly.graph_objects as go
 
-    from tl_dla.analyses.promotion import PromotedTokens
-    from tl_dla.core.decomposition import Plan
-    from tl_dla.effects.audit import Audit
-
 _SHOWN = 12
 
 
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What a result was made of, token by token, before the tokens were added up.
+
+    Attributes:
+        rows: before the output transform.
+        ratio: the output transform, frozen: transformed / raw.
+        scale: of the final norm; 1 for a model without one.
+        logits: what the model returned; read out of the cache's final stream where none ran.
+        raw: the same before the output transform.
+        ran: whether the model ran, so that `logits` are its own.
+    """
+
+    rows: Float[Tensor, "row batch pos token"]
+    ratio: Float[Tensor, "batch pos token"]
+    scale: Float[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos token"]
+    raw: Float[Tensor, "batch pos token"]
+    ran: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Hop:
+    """A head, and the source token of each prompt that it reads."""
+
+    layer: int
+    head: int
+    source: Int[Tensor, " batch"]
+
+    @property
+    def label(self) -> str:
+        """`L9H9←5`, or `L9H9←source` where it differs between prompts."""
+        places = self.source.unique().tolist()
+        return f"L{self.layer}H{self.head}←{places[0] if len(places) == 1 else 'source'}"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class DirectLogitAttribution:
+class Attribution:
     """What each part of the model wrote to a logit, in logits.
 
     Attributes:
-        attribution: `[row, *batch_and_pos]`, with a last axis `candidate` for `candidate_tokens`.
-            NaN where a prompt has no such position.
-        labels: the rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`).
-        kinds: what each row is: `embed`, `attn`, `mlp`, `ssm`, `head`, `neuron`, `expert`,
-            `source`, `bias`, `residual`, `rest`.
-        layers: each row's layer, None for rows of no layer.
+        values: every row with all its axes, `[row, batch, pos, candidate]`; `attribution` is the
+            view of it with the axes that were asked for.
+        keys: what each row is.
         unit: the unit asked for.
-        logit: the model's own logit, or logit difference, `[*batch_and_pos]`.
-        reconstruction: the certificate that the rows add up to it.
-        path: the source rows whose value the rows split, in a result of `attribute_path`; `logit`
-            is then what the last of them moved.
+        reconstruction: the certificate that the rows add up to the model's own logit.
+        query: the question: model, prompts, positions, targets.
+        selection: which rows are split.
+        numbers: the same token by token, before the tokens are added up.
+        hops: the heads and source tokens whose row the rows split, in a result of
+            `attribute_path`; `logit` is then what the last of them moved.
     """
 
-    attribution: Float[Tensor, " row *batch_and_pos"]
-    labels: list[str]
-    kinds: list[Kind]
-    layers: list[int | None]
-    unit: str
-    logit: Float[Tensor, "*batch_and_pos"]
+    values: Float[Tensor, "row batch pos candidate"]
+    keys: list[RowKey]
+    unit: Unit
     reconstruction: Reconstruction
-    plan: "Plan" = field(repr=False)
-    seen: Recording = field(repr=False)
-    ratio: Float[Tensor, "batch pos token"] = field(repr=False)
-    prompts: Prompts = field(repr=False)
-    positions: Positions = field(repr=False)
-    targets: Targets = field(repr=False)
-    path: tuple[str, ...] = ()
+    query: Query
+    selection: Selection
+    numbers: Numbers = field(repr=False)
+    hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
-        if not len(self.labels) == len(self.kinds) == len(self.layers) == len(self.attribution):
-            raise ArgumentError("labels, kinds and layers must be aligned with the rows.")
+        if len(self.keys) != len(self.values):
+            raise ArgumentError(
+                f"Every row needs a key; {len(self.values)} rows and {len(self.keys)} keys were"
+                " given."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        rows: Rows,
+        wanted: Wanted,
+        numbers: Numbers,
+        query: Query,
+        about: tuple[Unit, Selection, int],
+        hops: tuple[Hop, ...] = (),
+    ) -> "Self":
+        """The result of rows: added up over the target tokens, and certified.
+
+        Args:
+            rows: the rows, before the output transform.
+            wanted: what they must add up to.
+            numbers: the same, to keep.
+            query: the question.
+            about: the unit, what is split, and the length of the dot products.
+            hops: the source rows that the rows split, the last one last.
+        """
+        unit, selection, d = about
+        weights = query.targets.weights.to(rows.ratio)
+        values = (rows.values * rows.ratio) @ weights.mT
+        # Of the residual points, the last one and the biases add up to the logit.
+        n_points = len(rows.keys) - len(rows.constants)
+        kept = slice(n_points - 1, None) if unit == "layer" else slice(None)
+        reconstruction = certify(rows, kept, wanted, query, d)
+        if unit == "layer":
+            claim = (
+                "the last reading and the biases are" if rows.constants else "the last reading is"
+            )
+            reconstruction = replace(reconstruction, claim=claim)
+        return cls(values, rows.keys, unit, reconstruction, query, selection, numbers, hops)
+
+    # ---- what it is ----------------------------------------------------------------------------
+
+    @cached_property
+    def attribution(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """`[row, *batch_and_pos]`, with a last axis `candidate` for `candidate_tokens`.
+
+        NaN where a prompt has no such position.
+        """
+        return self.query.shaped(self.values)
+
+    @property
+    def logit(self) -> Float[Tensor, "*batch_and_pos"]:
+        """What the rows add up to: the model's own logit, or logit difference."""
+        return self.reconstruction.expected
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`)."""
+        return [key.label for key in self.keys]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each row is: `embed`, `attn`, `mlp`, `head`, `neuron`, `bias`, `rest`, …."""
+        return [key.kind for key in self.keys]
+
+    @property
+    def layers(self) -> list[int | None]:
+        """Each row's layer, None for rows of no layer."""
+        return [key.layer for key in self.keys]
+
+    @property
+    def sources(self) -> list[int | None]:
+        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
+        return [key.source for key in self.keys]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The source rows that the rows split, in a result of `attribute_path`."""
+        return tuple(hop.label for hop in self.hops)
 
     @property
     def model(self) -> Any:
         """The model attributed."""
-        return self.plan.reader.model
+        return self.query.model
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts, as tokens."""
+        return self.query.prompts
+
+    @property
+    def positions(self) -> Positions:
+        """The positions attributed."""
+        return self.query.positions
+
+    @property
+    def targets(self) -> Targets:
+        """The target tokens, and how their logits are added up."""
+        return self.query.targets
+
+    @property
+    def include_bias(self) -> bool:
+        """Whether `ln_final.b` and `b_U` are rows."""
+        return self.query.include_bias
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the prompts' tokens are known; a cache may have come without them."""
+        return self.query.has_tokens
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.keys)
 
     def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
         """One row, by its label."""
+        return self.attribution[self.index(label)]
+
+    def index(self, label: str) -> int:
+        """Where a row is."""
         if label not in self.labels:
             raise KeyError(
                 f'No row {label!r} in a unit="{self.unit}" result; the rows are'
                 f" {', '.join(self.labels[:4])}, …, {self.labels[-1]}."
             )
-        return self.attribution[self.labels.index(label)]
+        return self.labels.index(label)
 
     @property
     def heads(self) -> Float[Tensor, "layer head *batch_and_pos"]:
@@ -91,143 +225,17 @@ class DirectLogitAttribution:
         Raises:
             ArgumentError: where the result has no head rows.
         """
-        places = [re.fullmatch(r"L(\d+)H(\d+)", label) for label in self.labels]
-        found = [(i, int(m[1]), int(m[2])) for i, m in enumerate(places) if m]
-        if not found:
-            raise ArgumentError(
-                f'A unit="{self.unit}" result has no head rows: attribute with unit="head".'
-            )
-        n_heads = max(head for _, _, head in found) + 1
-        shape = (self.plan.reader.n_layers, n_heads, *self.attribution.shape[1:])
-        heads = self.attribution.new_zeros(shape)
-        rows, layers, indices = map(list, zip(*found, strict=True))
-        heads[layers, indices] = self.attribution[rows]
-        return heads
-
-    @property
-    def readout(self) -> Readout:
-        """The readout of the final residual stream.
-
-        `readout.of(stack)` of what rows wrote is the attribution (see `decompose`); the bias rows
-        are not in the stream.
-
-        Raises:
-            ArgumentError: for a result over several candidates, which has a readout for each, and
-                for a path, whose rows are not in the final stream.
-        """
-        if self.path:
-            raise ArgumentError("A path's rows are read out through its head, not from the stream.")
-        if self.targets.candidates is not None:
-            raise ArgumentError("A result over candidates has no single readout.")
-        base = self.plan.logit
-        weights = (self.ratio * self.targets.weights[0].to(self.ratio))[..., None]
-        direction = (base.direction.to(weights) * weights).sum(-2)
-        scales = {name: x for name, x in self.seen.values.items() if x.ndim == 2}
-        scale = base.frozen(scales).scale
-        squeeze = self.positions.squeeze
-        return Readout(squeeze(direction), base.norms, None if scale is None else squeeze(scale))
-
-    # ---- ranking -------------------------------------------------------------------------------
-
-    def top(
-        self,
-        k: int = 5,
-        *,
-        kind: Kind | None = None,
-        by: Literal["value", "magnitude"] = "value",
-        largest: bool = True,
-        prompt: int | None = None,
-        mean: bool = False,
-    ) -> list[tuple[str, float]]:
-        """The k highest rows as `(label, value)`, best first.
-
-        Args:
-            k: how many; fewer where there are not so many rows.
-            kind: only rows of this kind, such as `"head"`.
-            by: `"magnitude"` ranks by absolute value; the signed value is returned.
-            largest: False for the lowest rows instead.
-            prompt: which prompt of a batch.
-            mean: average over prompts and positions. Nothing is averaged unless asked. By
-                magnitude, rows are then ranked by their mean absolute value.
-
-        Raises:
-            ArgumentError: where there are several values a row and neither `prompt` nor `mean`
-                says which is meant; for an unknown kind or ranking.
-        """
-        rows = rows_to_rank(self.kinds, kind, k, by)
-        values = self.attribution[rows].detach().cpu()
-        if prompt is not None:
-            n_prompts = values.shape[1]
-            if not -n_prompts <= prompt < n_prompts:
-                raise ArgumentError(
-                    f"prompt must be one of the result's {n_prompts}; {prompt} was given."
-                )
-            values = values[:, prompt]
-        values = values.reshape(len(rows), -1)
-        if values.shape[1] > 1 and not mean:
-            raise ArgumentError(
-                f"Each row has {values.shape[1]} values (prompts, positions, candidates): pass"
-                " mean=True for their average, or prompt= to pick a prompt."
-            )
-        key = values.abs().nanmean(1) if by == "magnitude" else values.nanmean(1)
-        order = key.argsort(descending=largest, stable=True)[:k].tolist()
-        averages = values.nanmean(1).tolist()
-        return [(self.labels[rows[i]], averages[i]) for i in order]
-
-    # ---- tables, text, pictures ----------------------------------------------------------------
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """A tidy table: one line per row × prompt × position (× candidate).
-
-        Columns: `label`, `kind`, `layer`, `prompt`, `position` (of the prompt's real tokens),
-        `token` (the token at that position; empty where only a cache was given), `candidate` where
-        there are several, `attribution`, `logit` (the model's own) and `share` (attribution /
-        logit). Rows of source tokens also say which: `source` (its position) and `source_token`.
-        """
-        import pandas as pd
-
-        values = self._with_position_axis(self.attribution)
-        logit = self._with_position_axis(self.logit[None])[0]
-        names = self.targets.candidates or ("",)
-        packed = self.prompts.packed
-        known = self.seen.logits is not None or bool(self.prompts.tokens.any())
-        lines = []
-        for b, p in self.positions.valid.nonzero().tolist():
-            position = int(self.positions.index[b, p])
-            token = token_strings(self.model, packed[b, position][None])[0] if known else ""
-            for c, name in enumerate(names):
-                frame = pd.DataFrame(
-                    {
-                        "label": self.labels,
-                        "kind": self.kinds,
-                        "layer": pd.array(self.layers, dtype="Int64"),
-                        "prompt": b,
-                        "position": position,
-                        "token": token,
-                        "attribution": values[:, b, p, c].detach().cpu().numpy(),
-                        "logit": float(logit[b, p, c]),
-                    }
-                )
-                if self.targets.candidates:
-                    frame.insert(6, "candidate", name)
-                if "source" in self.kinds:
-                    frame["source"] = pd.array(self.sources, dtype="Int64")
-                    texts = token_strings(self.model, packed[b])
-                    frame["source_token"] = [None if s is None else texts[s] for s in self.sources]
-                lines.append(frame)
-        table = pd.concat(lines, ignore_index=True)
-        table["share"] = table["attribution"] / table["logit"]
-        return table
-
-    @property
-    def sources(self) -> list[int | None]:
-        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
-        places = [label.partition("←")[2] for label in self.labels]
-        return [int(place) if place.isdigit() else None for place in places]
-
-    def _with_position_axis(self, x: Tensor) -> Float[Tensor, "row batch pos candidate"]:
-        x = x if self.targets.candidates is not None else x[..., None]
-        return x.unsqueeze(2) if self.positions.single else x
+        require_heads(self)
+        found = [
+            (i, key.layer, key.index)
+            for i, key in enumerate(self.keys)
+            if key.kind == "head" and key.layer is not None and key.index is not None
+        ]
+        rows, layers, heads = map(list, zip(*found, strict=True))
+        shape = (len(self.model.blocks), max(heads) + 1, *self.attribution.shape[1:])
+        grid = self.attribution.new_zeros(shape)
+        grid[layers, heads] = self.attribution[rows]
+        return grid
 
     @property
     def target(self) -> str:
@@ -245,7 +253,89 @@ class DirectLogitAttribution:
         others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
         return f"{names[0]} − {others}"
 
-    # ---- candidates and tokens -----------------------------------------------------------------
+    # ---- ranking -------------------------------------------------------------------------------
+
+    def top(
+        self,
+        k: int = 5,
+        *,
+        kind: Kind | None = None,
+        by: Literal["value", "magnitude", "contrast"] = "value",
+        largest: bool = True,
+        prompt: int | None = None,
+        position: int | None = None,
+        candidate: str | int | None = None,
+    ) -> list[tuple[str, float]]:
+        """The k highest rows as `(label, value)`, best first.
+
+        Values are means over the prompts, positions and candidates that are not chosen, as in
+        `transformer_lens.tools.analysis`.
+
+        Args:
+            k: how many; fewer where there are not so many rows.
+            kind: only rows of this kind, such as `"head"`.
+            by: `"magnitude"` ranks by the absolute value of what is returned; `"contrast"` by what
+                the row says of a candidate and not of all, at its largest where none is chosen.
+            largest: False for the lowest rows instead.
+            prompt: which prompt of a batch.
+            position: which of the attributed positions, an index into them.
+            candidate: which candidate token, by its text or its index.
+
+        Raises:
+            ArgumentError: for a kind, a ranking or a choice that the result does not have.
+        """
+        rows = rows_to_rank(self.kinds, kind, k, by)
+        values = self.contrast_values if by == "contrast" else self.values
+        values = self._chosen(values[rows], prompt, position, candidate)
+        if by == "contrast" and candidate is None:
+            values = values.gather(
+                -1,
+                values.abs()
+                .nan_to_num(0)
+                .mean((1, 2), keepdim=True)
+                .argmax(-1, keepdim=True)
+                .expand(*values.shape[:-1], 1),
+            )
+        means = values.reshape(len(rows), -1).nanmean(1).cpu()
+        order = (means.abs() if by != "value" else means).argsort(descending=largest, stable=True)
+        return [(self.labels[rows[i]], float(means[i])) for i in order[:k].tolist()]
+
+    def _chosen(
+        self,
+        values: Float[Tensor, "row batch pos candidate"],
+        prompt: int | None,
+        position: int | None,
+        candidate: str | int | None,
+    ) -> Float[Tensor, "row batch pos candidate"]:
+        """The values of one prompt, position or candidate; NaN where a prompt has no position."""
+        values = torch.where(self.positions.valid.to(values.device)[..., None], values, torch.nan)
+        for axis, index in enumerate(self.places(prompt, position, candidate), 1):
+            values = values if index is None else values.narrow(axis, index, 1)
+        return values
+
+    def places(
+        self, prompt: int | None, position: int | None, candidate: str | int | None
+    ) -> tuple[int | None, int | None, int | None]:
+        """A prompt, position and candidate as indices, checked.
+
+        Raises:
+            ArgumentError: for one that the result does not have.
+        """
+        if isinstance(candidate, str):
+            names = self.targets.candidates or ()
+            if candidate not in names:
+                raise ArgumentError(
+                    f"candidate must be one of {', '.join(map(repr, names)) or 'none here'}, or its"
+                    f" index; {candidate!r} was given."
+                )
+            candidate = names.index(candidate)
+        return (
+            _within("prompt", prompt, self.values.shape[1]),
+            _within("position", position, self.values.shape[2]),
+            _within("candidate", candidate, self.values.shape[3]),
+        )
+
+    # ---- candidates ----------------------------------------------------------------------------
 
     @property
     def common(self) -> Float[Tensor, "row ..."]:
@@ -263,83 +353,141 @@ class DirectLogitAttribution:
         """What each row says of each candidate and not of all: the row less `common`."""
         return self.attribution - self.common[..., None]
 
-    def promoted_tokens(
-        self, label: str, k: int = 10, *, prompt: int | None = None, position: int | None = None
-    ) -> "PromotedTokens":
-        """The tokens whose logits a row raises and lowers most, whatever was attributed.
+    @property
+    def contrast_values(self) -> Float[Tensor, "row batch pos candidate"]:
+        """`contrast` with all its axes."""
+        return self.query.with_axes(self.contrast)
+
+    # ---- tables, text, pictures ----------------------------------------------------------------
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """A tidy table: one line per row × prompt × position (× candidate).
+
+        Columns: `label`, `kind`, `layer`, `prompt`, `position` (of the prompt's real tokens),
+        `token` (the token at that position; empty where only a cache was given), `candidate` where
+        there are several, `attribution`, `logit` (the model's own) and `share` (attribution /
+        logit). Rows of source tokens also say which: `source` (its position) and `source_token`.
+        """
+        import pandas as pd
+
+        values = self.values.detach().cpu().numpy()
+        logit = self.query.with_axes(self.logit[None])[0]
+        names = self.targets.candidates or ("",)
+        packed = self.prompts.packed
+        lines = []
+        for b, p in self.positions.valid.nonzero().tolist():
+            position = int(self.positions.index[b, p])
+            known = self.has_tokens
+            token = token_strings(self.model, packed[b, position][None])[0] if known else ""
+            for c, name in enumerate(names):
+                frame = pd.DataFrame(
+                    {
+                        "label": self.labels,
+                        "kind": self.kinds,
+                        "layer": pd.array(self.layers, dtype="Int64"),
+                        "prompt": b,
+                        "position": position,
+                        "token": token,
+                        "attribution": values[:, b, p, c],
+                        "logit": float(logit[b, p, c]),
+                    }
+                )
+                if self.targets.candidates:
+                    frame.insert(6, "candidate", name)
+                if any(source is not None for source in self.sources):
+                    frame["source"] = pd.array(self.sources, dtype="Int64")
+                    texts = token_strings(self.model, packed[b])
+                    frame["source_token"] = [None if s is None else texts[s] for s in self.sources]
+                lines.append(frame)
+        table = pd.concat(lines, ignore_index=True)
+        table["share"] = table["attribution"] / table["logit"]
+        return table
+
+    def plot(
+        self,
+        *,
+        prompt: int | None = None,
+        candidate: str | int | None = None,
+        k: int = 40,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """The figure for this unit, a plotly figure, returned and never shown.
 
         Args:
-            label: the row.
-            k: how many tokens of each.
-            prompt: which prompt of a batch.
-            position: which of the attributed positions, an index into them.
+            prompt: only this prompt of a batch.
+            candidate: only this one of several candidate tokens, by its text or its index.
+            k: how many rows the figure names; the smaller ones are added up in a row of their own.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels; as high as what is drawn by default.
 
         Raises:
-            ArgumentError: for a row that no single part of the model writes, or where `prompt` or
-                `position` is needed.
+            ArgumentError: for a prompt or candidate that the result does not have, or k < 1.
         """
-        from tl_dla.analyses.promotion import promoted_tokens
+        from tl_dla.figures import charts, plots
 
-        return promoted_tokens(self, label, k, prompt=prompt, position=position)
-
-    def plot(self, **options: Any) -> "go.Figure":
-        """The figure for this unit, a plotly figure; see `tl_dla.figures.plots`."""
-        from tl_dla.figures import plots
-
-        return plots.plot(self, **options)
-
-    def audit(self, k: int = 10, **options: Any) -> "Audit":
-        """The k largest rows beside what intervention says of them; see `tl_dla.effects.audit`."""
-        from tl_dla.effects.audit import audit
-
-        return audit(self, k, **options)
-
-    def report(self, path: "str | PathLike[str]", **options: Any) -> "Path":
-        """Write one self-contained HTML page; see `tl_dla.report.page.write_report`."""
-        from tl_dla.report.page import write_report
-
-        return write_report(self, path, **options)
+        return plots.plot(view_of(self, prompt, candidate), k, charts.Look(title, width, height))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rows that matter as bars, and the certificate."""
         from tl_dla.figures.table import notebook_html
 
-        return notebook_html(self)
+        return notebook_html(view_of(self))
 
     def __repr__(self) -> str:
         """The rows that matter, the total, the model's own logit and the certificate."""
-        shape = list(self.attribution.shape)
-        through = "".join(f", through {source}" for source in self.path)
-        title = f"DirectLogitAttribution: {self.target}{through}"
-        lines = [f'{title}, unit="{self.unit}", rows {shape}']
-        several = self.attribution[0].numel() > 1
-        shown = min(_SHOWN, len(self.labels))
-        rows = self.top(shown, by="magnitude", mean=True)
-        what = "mean over prompts and positions" if several else "logits"
-        if self.targets.candidates is not None:
-            what = "mean over prompts, positions and candidates"
-        lines.append(f"  the {shown} largest of {len(self.labels)} rows ({what}):")
-        width = max(len(label) for label, _ in rows)
-        lines += [f"  {label:>{width}}  {value:+9.4f}" for label, value in rows]
-        total = float(self.reconstruction.reconstructed.nanmean())
-        own = float(self.logit.nanmean())
-        of = self.path[-1] if self.path else "the model's own"
-        lines.append(f"  {'all rows':>{width}}  {total:+9.4f}   {of}: {own:+.4f}")
-        lines.append(f"  {self.reconstruction}")
-        return "\n".join(lines)
+        from tl_dla.figures.table import table, text
+
+        view, shape = view_of(self), list(self.attribution.shape)
+        title = f'{type(self).__name__}: {view.words.target}, unit="{self.unit}", rows {shape}'
+        return f"{title}\n{text(table(view, _SHOWN))}\n  {view.words.certificate}"
+
+    # ---- the certificate -----------------------------------------------------------------------
+
+    def certified(self, check: Check, cause: str) -> "Self":
+        """The result itself, once a failed certificate was raised or warned of."""
+        self.reconstruction.raise_or_warn(check, cause)
+        return self
 
 
-def require_heads(result: DirectLogitAttribution) -> None:
+def _within(name: str, index: int | None, n: int) -> int | None:
+    if index is None:
+        return None
+    if not -n <= index < n:
+        raise ArgumentError(f"{name} must be one of the result's {n}; {index} was given.")
+    return index % n
+
+
+def rows_to_rank(kinds: Sequence[Kind], kind: Kind | None, k: int, by: str) -> list[int]:
+    """The rows that `top` ranks: all, or those of one kind.
+
+    Raises:
+        ArgumentError: for an unknown kind or ranking, or k below 1.
+    """
+    if by not in ("value", "magnitude", "contrast"):
+        raise ArgumentError(f'by must be "value", "magnitude" or "contrast"; {by!r} was given.')
+    if k < 1:
+        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    rows = [i for i, own in enumerate(kinds) if kind is None or own == kind]
+    if not rows:
+        present = ", ".join(sorted(set(kinds)))
+        raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
+    return rows
+
+
+def require_heads(result: Attribution) -> None:
     """Raise unless the result has head rows."""
     if "head" not in result.kinds:
-        raise UnsupportedModelError(
+        raise ArgumentError(
             f'A unit="{result.unit}" result has no head rows: attribute with unit="head".'
         )
 
 
-def require_input(result: DirectLogitAttribution) -> None:
+def require_input(result: Attribution) -> None:
     """Raise unless the model can be run again on the result's prompts."""
-    if result.seen.logits is None and not bool(result.prompts.tokens.any()):
+    if not result.has_tokens:
         raise ArgumentError(
             "The result was made from a cache without its input, and the model must run again:"
             " pass the prompts as `input` beside the cache."

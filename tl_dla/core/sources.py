@@ -10,120 +10,128 @@ over the heads), that factor is frozen too.
 from collections.abc import Collection
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from tl_dla.core.heads import HeadSplit
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import Block, Heads, Refined, Row, Seen, Split, upcast
-from tl_dla.core.taps import Probe
+from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows
+from tl_dla.core.taps import Tap
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.model.sublayers import Attention, Mixing
+from tl_dla.model.attention import Attention, PatternAndValues
+from tl_dla.model.hooks import upcast
+from tl_dla.model.stream import Write
 
 _GATES = (torch.sigmoid, functional.softplus)
 
 
-class Sources(Heads):
-    """`3_attn_out` as its heads, some of them as the source tokens they read, `L3H7←5`."""
+class SourceSplit(HeadSplit):
+    """`3_attn_out` as its heads, some of them as the source tokens they read, `L3H7←5`.
+
+    Args:
+        part: how the heads write.
+        step: where the layer joins the stream.
+        write: the readout of what joins the stream.
+        reads: the values that the heads mix, and the pattern.
+        chosen: the heads that are split by source token.
+    """
 
     def __init__(
         self,
         part: Attention,
-        label: str,
+        step: Write,
         write: Readout,
-        mixing: Mixing,
+        reads: PatternAndValues,
         chosen: Collection[int],
-        architecture: str,
     ) -> None:
-        super().__init__(part, label, write)
-        self.mixing, self.chosen = mixing, sorted(chosen)
-        self.architecture = architecture
-
-    def probes(self) -> list[Probe]:
-        """Values at every token, the pattern at the attributed ones, and the mixture z itself."""
-        layer, mixing, shape = self.layer, self.mixing, self.part.W_O.shape[:2]
-
-        def by_head(z: Tensor) -> Tensor:
-            return upcast(z).flatten(2).unflatten(2, shape)
+        super().__init__(part, step, write)
+        self.reads, self.chosen = reads, sorted(chosen)
+        d_head = part.W_O.shape[1]
 
         def by_group(v: Tensor) -> Tensor:
-            return upcast(v).flatten(2).unflatten(2, (-1, shape[1]))
+            return rearrange(upcast(v).flatten(2), "b pos (group d) -> b pos group d", d=d_head)
 
-        probes = [
-            *super().probes(),
-            Probe(f"z {layer}", self.part.site, by_head),
-            Probe(f"pattern {layer}", mixing.pattern, upcast, keys=True, heads_first=True),
-            Probe(
-                f"values {layer}",
-                mixing.values,
-                by_group,
-                whole=True,
-                heads_first=mixing.heads_first,
-            ),
-        ]
-        if mixing.gate is not None and mixing.gate.site is not None:
-            probes.append(Probe(f"gate {layer}", mixing.gate.site, upcast))
-        return probes
+        self.z_tap = Tap(part.site, lambda z: upcast(self.by_head(z)))
+        self.pattern_tap = Tap(reads.pattern, upcast, keys=True, heads_first=True)
+        self.values_tap = Tap(reads.values, by_group, whole=True, heads_first=reads.heads_first)
+        self.gate_tap = None
+        if reads.gate is not None and reads.gate.site is not None:
+            self.gate_tap = Tap(reads.gate.site, upcast)
 
-    def values_of(self, seen: Seen) -> Float[Tensor, "batch source head d_head"]:
+    def taps(self) -> list[Tap]:
+        """Values at every token, the pattern at the attributed ones, and the mixture z itself."""
+        gate = [] if self.gate_tap is None else [self.gate_tap]
+        return [self.heads_tap, self.z_tap, self.pattern_tap, self.values_tap, *gate]
+
+    def values_of(self, kept: ScaledKept) -> Float[Tensor, "batch source head d_head"]:
         """Each head's values, at every token; heads of a group share theirs."""
-        v, n_heads = seen.values[f"values {self.layer}"], self.part.W_O.shape[0]
+        v, n_heads = kept[self.values_tap], self.part.W_O.shape[0]
         return v[:, :, [head * v.shape[2] // n_heads for head in range(n_heads)]]
 
-    def pattern(self, seen: Seen) -> Float[Tensor, "batch pos head source"]:
+    def pattern(self, kept: ScaledKept) -> Float[Tensor, "batch pos head source"]:
         """Attention paid to each token, up to the last one that an attributed position can see."""
-        pattern = seen.values[f"pattern {self.layer}"]
-        last = pattern.shape[-1] if seen.sources is None else seen.sources
+        pattern = kept[self.pattern_tap]
+        last = pattern.shape[-1] if kept.n_sources is None else kept.n_sources
         return pattern if bool(pattern[..., last:].any()) else pattern[..., :last]
 
-    def readout(self, seen: Seen) -> Readout:
+    def readout(self, kept: ScaledKept) -> Readout:
         """The readout of the mixed values, through the gate `[batch, pos, token, head, d_head]`."""
-        gate = self.mixing.gate
-        if gate is None:
+        factor = self.gate(kept)
+        if factor is None:
             return self.heads
-        z, shape = seen.values[f"z {self.layer}"], self.part.W_O.shape[:2]
-        pattern = seen.values[f"pattern {self.layer}"]
-        mixed = torch.einsum("bphs,bshd->bphd", pattern, self.values_of(seen))
+        return Readout(self.heads.direction * factor[:, :, None], self.heads.norms)
+
+    def gate(self, kept: ScaledKept) -> Float[Tensor, "batch pos head #d_head"] | None:
+        """What multiplies the mixed values before W_O, frozen; None where nothing does."""
+        gate = self.reads.gate
+        if gate is None:
+            return None
+        z, shape = kept[self.z_tap], self.part.W_O.shape[:2]
+        mixed = torch.einsum("bphs,bshd->bphd", kept[self.pattern_tap], self.values_of(kept))
         if gate.norm is not None:
             scale = gate.norm.scale_of(mixed.flatten(2))[..., None, None]
             gamma = 1.0 if gate.norm.gamma is None else gate.norm.gamma.to(z).unflatten(0, shape)
             factors = [gamma / scale]
         else:
-            x = seen.values[f"gate {self.layer}"]
+            assert self.gate_tap is not None
+            x = kept[self.gate_tap]
             x = x[..., None] if x.shape[-1] == shape[0] else x.flatten(2).unflatten(2, shape)
             factors = [function(x) for function in _GATES]
         for factor in factors:
             if bool(((mixed * factor - z).abs().amax() <= 0.01 * z.abs().amax()).all()):
-                return Readout(self.heads.direction * factor[:, :, None], self.heads.norms)
+                return factor
         raise UnsupportedModelError(
-            f"blocks.{self.layer}.attn in {self.architecture} multiplies what its heads mix by"
-            ' something that is not understood; unit="head" works.'
+            f"blocks.{self.layer}.attn multiplies what its heads mix by something that is not"
+            ' understood; unit="head" works.'
         )
 
-    def split(self, seen: Seen, whole: Float[Tensor, "batch pos token"]) -> Split:
+    def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The source tokens in place of each chosen head, and the certificate of each."""
-        heads, own = super().split(seen, whole), self.values(seen)
-        readout, chosen = self.readout(seen), self.chosen
-        pattern = self.pattern(seen)[:, :, chosen]
-        values = self.values_of(seen)[:, : pattern.shape[-1], chosen]
+        heads, own = super().split(kept, whole), self.values(kept)
+        readout, chosen = self.readout(kept), self.chosen
+        pattern = self.pattern(kept)[:, :, chosen]
+        values = self.values_of(kept)[:, : pattern.shape[-1], chosen]
         direction = readout.direction[..., chosen, :]
         moved = torch.einsum("bshd,bpthd->bpths", values.to(direction), direction)
-        moved = seen.scaled(moved * pattern[:, :, None], readout)
-        z = seen.values[f"z {self.layer}"][:, :, chosen].to(direction)
-        size = torch.einsum("bphd,bpthd->bpth", z.square(), direction.square()).sqrt()
-        size = seen.scaled(size, readout).square() + moved.square().sum(-1)
-        parts, gross, size = moved.sum(-1), moved.abs().sum(-1), size.sqrt()
-        first: list[Row | Block] = []
-        refined = list(heads.refined)
+        moved = kept.scaled(moved * pattern[:, :, None], readout)
+        z = kept[self.z_tap][:, :, chosen].to(direction)
+        size = kept.scaled(Readout(direction).norm_of(z), readout)
+        size = torch.hypot(size, moved.norm(dim=-1))
+        parts, absolute = moved.sum(-1), moved.abs().sum(-1)
+        first: list[RowGroup] = []
+        checks = list(heads.checks)
         for head, value in enumerate(own.unbind(-1)):
-            label = f"L{self.layer}H{head}"
+            key = RowKey("head", self.layer, index=head)
             if head not in chosen:
-                first.append(Row(label, "head", self.layer, value))
+                first.append(RowGroup.one(key, value))
                 continue
             i = chosen.index(head)
-            part = (value, parts[..., i], gross[..., i], size[..., i])
-            refined.append(Refined(label, "the source tokens", *part))
-            rows = moved[..., i, :].movedim(-1, 0)
-            labels = [f"{label}←{source}" for source in range(len(rows))]
-            first.append(Block(labels, "source", self.layer, rows))
-        return Split(first, heads.instead, refined)
+            part = (value, parts[..., i], absolute[..., i], size[..., i])
+            checks.append(SplitCheck(key, "the source tokens", *part))
+            rows = rearrange(moved[..., i, :], "batch pos token source -> source batch pos token")
+            sources = range(len(rows))
+            keys = [key._replace(kind="source", source=source) for source in sources]
+            first.append(RowGroup(keys, rows))
+        return SplitRows(first, heads.instead, checks)

@@ -1,39 +1,42 @@
-"""One forward pass, or a given cache: what the rows need is read at the hooks and nothing is kept.
+"""What hooks keep in one forward pass, or what a cache holds.
 
-A `Probe` reads a site and keeps what its function makes of it, usually the dot product with a
-pulled-back direction: a number per row and position, never the activation. The model is run once,
-and unembeds only the positions asked for.
+A `Tap` reads a place and keeps what its function makes of it, usually the dot product with a
+pulled-back direction: a number per row and position, never the activation. `forward` runs the model
+once with the taps in place, unembedding only the positions asked for; `recall` reads a cache.
 """
 
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
+from tl_dla.inputs.caches import cache_shape
+from tl_dla.inputs.models import scales_with_length
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
-from tl_dla.inputs.tokens import Positions, Prompts
-from tl_dla.model.reader import ModelReader, Site
-
-_LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
+from tl_dla.model.hooks import Site
+from tl_dla.model.reader import ModelReader
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
-    """Keep `read(activation at the attributed positions)` under `key`.
+class Tap:
+    """Keep `read(activation at the attributed positions)`.
 
     `whole` reads the activation at every position instead, real tokens first. `keys` reads an
     attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key.
     `heads_first` is for activations `[batch, head, pos, ...]`: the two axes are swapped.
     """
 
-    key: str
     site: Site
     read: Callable[..., Tensor]
     whole: bool = False
@@ -55,91 +58,126 @@ class Probe:
 
 
 @dataclass(frozen=True, eq=False)
-class Recording:
-    """What the probes kept, and the target tokens' logits before and after the output transform.
+class Kept:
+    """What the taps kept, and the target tokens' logits before and after the output transform.
 
-    `eps` is the machine epsilon of the logits that the model returned.
+    `machine_eps` is that of the logits which the model returned; without logits it is 0.
     """
 
-    values: dict[str, Tensor]
+    values: Mapping[Tap, Tensor]
     raw: Float[Tensor, "batch pos token"] | None = None
     logits: Float[Tensor, "batch pos token"] | None = None
-    eps: float = 0.0
+    machine_eps: float = 0.0
+
+    def __getitem__(self, tap: Tap) -> Tensor:
+        return self.values[tap]
+
+    def part(self, rows: slice) -> "Kept":
+        """What was kept of some of the prompts."""
+        values = {tap: value[rows] for tap, value in self.values.items()}
+        if self.raw is None or self.logits is None:
+            return Kept(values)
+        return Kept(values, self.raw[rows], self.logits[rows], self.machine_eps)
 
     @staticmethod
-    def joined(parts: Sequence["Recording"]) -> "Recording":
-        """What was seen of some prompts and of others, as one."""
+    def joined(parts: Sequence["Kept"], taps: Sequence[Sequence[Tap]]) -> "Kept":
+        """What was kept of some prompts and of others, as one.
+
+        `taps` names the taps to keep it under, and then those of each part.
+        """
         if len(parts) == 1:
             return parts[0]
-        first = parts[0]
-        values = {name: torch.cat([part.values[name] for part in parts]) for name in first.values}
-        if first.raw is None:
-            return Recording(values)
+        columns = zip(*taps, strict=True)  # the n-th tap of every part
+        values = {
+            mine[0]: torch.cat([part[tap] for part, tap in zip(parts, mine[1:], strict=True)])
+            for mine in columns
+        }
+        if parts[0].raw is None:
+            return Kept(values)
         raw, logits = (torch.cat([getattr(p, name) for p in parts]) for name in ("raw", "logits"))
-        return Recording(values, raw, logits, first.eps)
+        return Kept(values, raw, logits, parts[0].machine_eps)
 
 
-def in_parts(model: Any, positions: Positions) -> list[slice]:
-    """The prompts in slices whose logits at the attributed positions can be held at once."""
-    batch, pos = positions.index.shape
-    step = max(1, _LOGITS_AT_ONCE // (pos * model.cfg.d_vocab))
-    return [slice(start, start + step) for start in range(0, batch, step)]
+# Hooks live on the model, which threads may share: one pass at a time.
+_LOCKS: "WeakKeyDictionary[Any, threading.RLock]" = WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
 
 
-def run(
-    model: Any,
-    prompts: Prompts,
-    positions: Positions,
-    probes: Sequence[Probe],
-    targets: Targets | None,
-) -> Recording:
-    """Run the model once on the prompts with the probes in place."""
-    values: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+@contextmanager
+def alone_on(model: Any) -> Iterator[None]:
+    """No other thread runs this model with hooks of this package meanwhile."""
+    with _NEW_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and no autocast that would take contractions out of float32."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
+    """Run the model once on the prompts with the taps in place.
+
+    Raises:
+        UnsupportedModelError: for a place that the model ran without passing.
+    """
+    model, prompts, positions = query.model, query.prompts, query.positions
+    values: dict[Tap, Tensor] = {}
+    raw: list[Tensor] = []
     tokens = prompts.packed
-    both_ways = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
-    if both_ways and int(prompts.length.min()) < tokens.shape[1]:
-        raise UnsupportedModelError(
-            "The model attends in both directions, so in a batch of prompts of different lengths"
-            " the shorter ones would see their padding: run them one by one."
-        )
-    by_site = _by_site(probes)
+    _require_alike(model, query)
+    by_site, mine = _by_site(taps), threading.get_ident()
 
     def reader(name: str) -> Callable[..., None]:
         def read(activation: Any, **_: Any) -> None:
+            if threading.get_ident() != mine:
+                return  # a pass of the user's own, in another thread
             if isinstance(activation, tuple | list):
                 activation = activation[0]
             x = _batched(activation, *tokens.shape)
             taken: Tensor | None = None
-            for probe in by_site[name]:
-                if probe.whole or probe.keys:
-                    values[probe.key] = probe.read(probe.of(x, positions))
-                else:
+            with exact():
+                for tap in by_site[name]:
+                    if tap.whole or tap.keys:
+                        values[tap] = tap.read(tap.of(x, positions))
+                        continue
                     # The unembedding sees only these positions already.
                     if taken is None:
                         taken = x if name.startswith("unembed.") else positions.take(x)
-                    values[probe.key] = probe.read(taken)
+                    values[tap] = tap.read(taken)
 
         return read
 
     def read_inputs(name: str) -> Callable[..., None]:
         def read(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != mine:
+                return
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            for probe in by_site[name]:
-                at = [probe.of(_batched(x, *tokens.shape), positions) for x in tensors]
-                values[probe.key] = probe.read(*at)
+            with exact():
+                for tap in by_site[name]:
+                    at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
+                    values[tap] = tap.read(*at)
 
         return read
 
-    def keep_positions(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (positions.take(args[0]), *args[1:])
+    def keep_positions(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (positions.take(args[0]), *args[1:]) if threading.get_ident() == mine else None
 
     def keep_raw(_module: Any, _args: Any, output: Tensor) -> None:
-        assert targets is not None
-        seen["raw"] = select(output, targets)
+        if threading.get_ident() == mine:
+            raw.append(select(output, query.targets))
 
-    sites = {name: probes[0].site for name, probes in by_site.items()}
+    sites = {name: taps[0].site for name, taps in by_site.items()}
     with ExitStack() as stack:
+        stack.enter_context(alone_on(model))
         stack.enter_context(torch.no_grad())
         for name, site in sites.items():
             if site.inputs:
@@ -149,36 +187,49 @@ def run(
                 handle = site.module.register_forward_hook(partial(_read_output, reader(name)))
                 stack.callback(handle.remove)
         stack.callback(model.unembed.register_forward_pre_hook(keep_positions).remove)
-        if targets is not None:
+        if logits:
             stack.callback(model.unembed.register_forward_hook(keep_raw).remove)
         hooks = [(name, reader(name)) for name, site in sites.items() if site.hooked]
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         output = model(tokens, return_type="logits")
-    silent = [probe.site.name for probe in probes if probe.key not in values]
+    silent = [tap.site.name for tap in taps if tap not in values]
     if silent:
         raise UnsupportedModelError(
             f"The model ran without firing {', '.join(silent[:3])}, which this unit reads;"
             ' unit="component" may work.'
         )
-    if targets is None:
-        return Recording(values)
-    return Recording(values, seen["raw"], select(output, targets), torch.finfo(output.dtype).eps)
+    if not logits:
+        return Kept(values)
+    return Kept(values, raw[0], select(output, query.targets), torch.finfo(output.dtype).eps)
 
 
-def recall(
-    reader: ModelReader,
-    cache: Any,
-    start: Tensor | None,
-    positions: Positions,
-    probes: Sequence[Probe],
-) -> Recording:
+def _require_alike(model: Any, query: Query) -> None:
+    """Refuse a batch in which the shorter prompts would not be what they are alone."""
+    if int(query.prompts.length.min()) == query.prompts.packed.shape[1]:
+        return
+    if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+        raise UnsupportedModelError(
+            "The model attends in both directions, so in a batch of prompts of different lengths"
+            " the shorter ones would see their padding: run them one by one."
+        )
+    if scales_with_length(model):
+        raise UnsupportedModelError(
+            "The model scales positions or attention with the length of the longest prompt in a"
+            " batch, so the shorter ones would not be what they are alone: give prompts of one"
+            " length at a time."
+        )
+
+
+def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -> Kept:
     """The same from a cache, full or partial.
 
     Raises:
         IncompleteCacheError: naming the hooks that the cache lacks.
     """
+    positions, start = query.positions, query.prompts.start
+    begins = start if bool(start.any()) else None
     batch, pos = positions.index.shape[0], cache_shape(cache)[1]
-    by_site = _by_site(probes)
+    by_site = _by_site(taps)
     names = _names_in_cache(reader, cache, by_site)
     missing = [name for name in by_site if name not in names]
     if missing:
@@ -192,41 +243,19 @@ def recall(
                 else "this model shows them at no hook, so give the input in place of the cache."
             )
         )
-    values: dict[str, Tensor] = {}
-    with torch.no_grad():
+    values: dict[Tap, Tensor] = {}
+    with exact():
         for name, wanted in by_site.items():
             x = cache.cache_dict[names[name]]
             x = _batched(x if cache.has_batch_dim else x[None], batch, pos)
             taken = None
-            for probe in wanted:
-                if probe.whole or probe.keys:
-                    values[probe.key] = probe.read(probe.of(x, positions, start))
+            for tap in wanted:
+                if tap.whole or tap.keys:
+                    values[tap] = tap.read(tap.of(x, positions, begins))
                 else:
-                    taken = positions.take(x, start) if taken is None else taken
-                    values[probe.key] = probe.read(taken)
-    return Recording(values)
-
-
-def cache_shape(cache: Any) -> tuple[int, int]:
-    """Batch and positions of a cache, from the activations whose second axis is positions."""
-    for name, x in cache.cache_dict.items():
-        if name.endswith(
-            (
-                "hook_resid_pre",
-                "hook_resid_post",
-                "hook_in",
-                "hook_embed",
-                "hook_out",
-                "hook_z",
-                "hook_scale",
-            )
-        ):
-            shape = x.shape if cache.has_batch_dim else (1, *x.shape)
-            return int(shape[0]), int(shape[1])
-    raise IncompleteCacheError(
-        "The cache holds no activation of the residual stream: run the model with"
-        " names_filter=required_hooks(model, unit)."
-    )
+                    taken = positions.take(x, begins) if taken is None else taken
+                    values[tap] = tap.read(taken)
+    return Kept(values)
 
 
 def select(
@@ -257,10 +286,10 @@ def _read_output(read: Callable[..., None], _module: Any, _args: Any, output: An
     read(output)
 
 
-def _by_site(probes: Iterable[Probe]) -> dict[str, list[Probe]]:
-    by_site: dict[str, list[Probe]] = defaultdict(list)
-    for probe in probes:
-        by_site[probe.site.name].append(probe)
+def _by_site(taps: Iterable[Tap]) -> dict[str, list[Tap]]:
+    by_site: dict[str, list[Tap]] = defaultdict(list)
+    for tap in taps:
+        by_site[tap.site.name].append(tap)
     return by_site
 
 

@@ -22,21 +22,20 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.attribution import direct_logit_attribution
 from tl_dla.core.certificate import Reconstruction
-from tl_dla.datasets.examples import Batch, batches, share
-from tl_dla.datasets.shards import (
-    Folder,
-    Line,
-    RowNames,
-    Shard,
-    make_manifest,
-    read_manifest,
-    stored,
-)
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import run
+from tl_dla.datasets.examples import Batch, Example, Rejected, batches, share, windows
+from tl_dla.datasets.manifest import make_manifest, read_manifest
+from tl_dla.datasets.shards import Folder, Line, RowNames, Shard, completed, stored
 from tl_dla.datasets.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
+from tl_dla.inputs.models import device_of, scales_with_length
+from tl_dla.inputs.positions import read_positions
+from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
+from tl_dla.inputs.targets import read_targets
+from tl_dla.inputs.tokens import read_prompts
 
 
 def attribute_dataset(
@@ -58,13 +57,14 @@ def attribute_dataset(
 
     Memory does not grow with the number of examples. With `out`, each batch's rows are stored as
     soon as they are computed; the same call after a stop continues after the last whole batch and
-    gives the same result.
+    gives the same result. So does a call with more examples after the same ones, or with another
+    batch size: what is stored is not computed again.
 
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. Under several
             processes each has its own; see `process_device`.
         examples: mappings with the fields `prompt`, `answer` and, where there are any, `incorrect`
-            (one or several: the mean of their logits is the baseline) and `group`; a
+            (one or several: the mean of their logits is the baseline) and `group`; a DataFrame or
             `datasets.Dataset` of them, or anything that gives them one by one. See
             `tl_dla.datasets.examples.read_examples` for files, `tl_dla.datasets.ioi` for prompts.
         unit: as in `direct_logit_attribution`.
@@ -87,7 +87,8 @@ def attribute_dataset(
 
     Raises:
         OutputFolderError: where `out` holds something else, another run, or damaged shards.
-        ArgumentError: for arguments that do not fit, or where no example could be attributed.
+        ArgumentError: for arguments that do not fit; for a field nearly named as one that is read,
+            or incorrect answers in some examples only; where no example could be attributed.
         ReconstructionError: where no example of the first batch passes its certificate.
         TlDlaError: with `on_error="raise"`, the error of the first bad example.
 
@@ -110,17 +111,18 @@ def attribute_dataset(
         raise ArgumentError(f"batch_size must be at least 1; {batch_size} was given.")
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence must be between 0 and 1; {confidence} was given.")
-    if isinstance(examples, str | Mapping):
+    if isinstance(examples, str | os.PathLike | Mapping):
         raise ArgumentError(
             "examples must be a sequence of mappings or a dataset; for a file or a hub id pass"
             " read_examples(source), for a dataset of several splits one of them."
         )
     options: dict[str, Any] = {"unit": unit, "include_bias": include_bias}
     read: dict[str, Any] = {"pos": pos, "prepend_bos": prepend_bos}
-    manifest = make_manifest(model, **options, **read, batch_size=batch_size, check=check)
+    manifest = make_manifest(model, **options, **read, check=check)
     process, processes = _join(model)
     folder = None if out is None else Folder(out, manifest)
     n = len(examples) if isinstance(examples, Sized) else None
+    equal_lengths = scales_with_length(model)
 
     tally = Tally()
     bar = tqdm(
@@ -130,40 +132,40 @@ def attribute_dataset(
         disable=not progress or process > 0,
     )
     with bar:
-        for batch in batches(
+        for window in windows(
             model, examples, batch_size, process=process, processes=processes, **read
         ):
-            shard = None if folder is None else folder.read(batch.name, batch.digest)
-            if shard is None:
+            left = {one.index: one for one in window}
+            wanted = {index: one.digest for index, one in left.items()}
+            for shard in [] if folder is None else folder.read(wanted):
+                tally = _add(tally, shard, on_error, bar)
+                for line in shard.lines:
+                    del left[line.index]
+            for batch in batches(list(left.values()), batch_size, equal_lengths=equal_lengths):
                 if on_error == "raise" and batch.rejected:
-                    first = min(batch.rejected, key=lambda rejected: rejected.index)
+                    first = batch.rejected[0]
                     raise type(first.error)(f"Example {first.index}: {first.error}")
-                shard = _attribute(
+                shard = _compute(
                     model, batch, check, on_error, fresh=not tally.n, pos=pos, **options
                 )
                 if folder is not None:
-                    folder.write(batch.name, batch.digest, shard)
-            failed = [line for line in shard.lines if line.error is not None]
-            if failed and on_error == "raise":
-                raise ArgumentError(f"Example {failed[0].index}: {failed[0].error}")
-            tally = Tally.merge([tally, Tally.of(shard)])
-            bar.update(len(shard.lines))
-            if tally.skipped:
-                bar.set_postfix(skipped=len(tally.skipped))
+                    folder.write(shard)
+                tally = _add(tally, shard, on_error, bar)
     if processes > 1:
         from accelerate.utils import gather_object
 
         tally = Tally.merge(gather_object([tally]))
     result = tally.result(manifest, confidence)
     if folder is not None and process == 0:
-        folder.finish(result.to_dataframe(), result.skipped)
+        folder.finish(result.to_dataframe(), result.skipped, result.n + len(result.skipped))
     return result
 
 
 def summarize(out: str | os.PathLike[str], *, confidence: float = 0.95) -> DatasetAttribution:
     """The statistics of a folder that `attribute_dataset` wrote, without the model.
 
-    A run that stopped is summarised as far as it went (`result.complete` is False).
+    It has the examples of the run that was finished last. A run that stopped is summarised as far
+    as it went, and so is a folder that lost a shard (`result.complete` is False).
 
     Raises:
         OutputFolderError: for a folder of something else, or damaged.
@@ -171,10 +173,11 @@ def summarize(out: str | os.PathLike[str], *, confidence: float = 0.95) -> Datas
     """
     path = Path(out)
     manifest = read_manifest(path)
+    n = completed(path)
     tally = Tally()
-    for shard in stored(path, manifest):
+    for shard in stored(path, manifest, n):
         tally = Tally.merge([tally, Tally.of(shard)])
-    return tally.result(manifest, confidence, complete=(path / "statistics.csv").exists())
+    return tally.result(manifest, confidence, complete=n == tally.n + len(tally.skipped))
 
 
 def process_device() -> torch.device | None:
@@ -202,34 +205,47 @@ def _join(model: Any) -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
-    on_cpu = next(iter(model.parameters())).device.type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     # The first process to finish waits for the last; the default is to give up after minutes.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     return state.process_index, state.num_processes
 
 
-def _attribute(
+def _add(tally: Tally, shard: Shard, on_error: str, bar: Any) -> Tally:
+    """What has been seen, with one more shard."""
+    failed = [line for line in shard.lines if line.error is not None]
+    if failed and on_error == "raise":
+        raise ArgumentError(f"Example {failed[0].index}: {failed[0].error}")
+    tally = Tally.merge([tally, Tally.of(shard)])
+    bar.update(len(shard.lines))
+    if tally.skipped:
+        bar.set_postfix(skipped=len(tally.skipped))
+    return tally
+
+
+def _attribute_batch(
+    model: Any, batch: Batch, unit: Unit, pos: int, include_bias: bool
+) -> Attribution:
+    """The attribution of the examples of one batch, not yet certified."""
+    tokens, mask = _pad([example.tokens for example in batch.examples], device_of(model))
+    incorrect = [[example.incorrect] for example in batch.examples]  # [batch, pos, several]
+    prompts = read_prompts(model, tokens, attention_mask=mask)
+    positions = read_positions(pos, prompts)
+    answers = torch.tensor([example.answer for example in batch.examples])
+    wrong = torch.tensor(incorrect) if incorrect[0][0] else None
+    targets = read_targets(model, answers, wrong, None, len(tokens), positions)
+    query = Query(model, prompts, positions, targets, include_bias)
+    return run(query, unit).result(Attribution)
+
+
+def _compute(
     model: Any, batch: Batch, check: str, on_error: str, fresh: bool, **options: Any
 ) -> Shard:
     """Run a batch, and write down each example's rows or why it has none."""
-    lines = [
-        Line(index=r.index, group=r.group, prompt=r.prompt, error=str(r.error))
-        for r in batch.rejected
-    ]
+    lines = [Line(**_about(one), error=str(one.error)) for one in batch.rejected]
     if not batch.examples:
         return Shard(sorted(lines, key=lambda line: line.index), None)
-    device = next(iter(model.parameters())).device
-    tokens, mask = _pad([example.tokens for example in batch.examples], device)
-    incorrect = [example.incorrect for example in batch.examples]
-    result = direct_logit_attribution(
-        model,
-        tokens,
-        torch.tensor([example.answer for example in batch.examples]),
-        torch.tensor(incorrect) if incorrect[0] else None,
-        attention_mask=mask,
-        check="off",
-        **options,
-    )
+    result = _attribute_batch(model, batch, **options)
     base = [i for i, kind in enumerate(result.kinds) if kind != "rest"]
     extra = [i for i, kind in enumerate(result.kinds) if kind == "rest"]
     values = result.attribution.detach().float().cpu()
@@ -237,11 +253,8 @@ def _attribute(
     miss = result.reconstruction.error.float().tolist()
     reasons = [None] * len(batch.examples) if check == "off" else failures(result.reconstruction)
     failed = [i for i, reason in enumerate(reasons) if reason is not None]
-    if (
-        failed
-        and check == "raise"
-        and (on_error == "raise" or (fresh and len(failed) == len(miss)))
-    ):
+    hopeless = fresh and len(failed) == len(miss)
+    if failed and check == "raise" and (on_error == "raise" or hopeless):
         example = batch.examples[failed[0]]
         raise ReconstructionError(f"Example {example.index}: {reasons[failed[0]]}")
     if failed and check == "warn":
@@ -249,16 +262,11 @@ def _attribute(
         warnings.warn(f"Examples {indices}: {reasons[failed[0]]}", stacklevel=3)
         reasons = [None] * len(batch.examples)
     for i, example in enumerate(batch.examples):
-        about: dict[str, Any] = {
-            "index": example.index,
-            "group": example.group,
-            "prompt": example.prompt,
-        }
         if reasons[i] is not None:
-            lines.append(Line(**about, error=reasons[i]))
+            lines.append(Line(**_about(example), error=reasons[i]))
             continue
         line = Line(
-            **about,
+            **_about(example),
             answer=example.answer,
             incorrect=example.incorrect,
             n_tokens=len(example.tokens),
@@ -274,6 +282,15 @@ def _attribute(
         tuple(result.layers[i] for i in base),
     )
     return Shard(sorted(lines, key=lambda line: line.index), names)
+
+
+def _about(one: Example | Rejected) -> dict[str, Any]:
+    return {
+        "index": one.index,
+        "example": one.digest,
+        "group": one.group,
+        "prompt": one.prompt,
+    }
 
 
 def failures(reconstruction: Reconstruction) -> list[str | None]:

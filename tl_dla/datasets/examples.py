@@ -7,28 +7,36 @@ An example is a mapping with the fields
     incorrect   the baseline: a string, an id, several of them (their mean), or absent
     group       a name to gather statistics under, or absent
 
+Other fields are not read, but one that is nearly called like these ("incorect") is refused. Either
+all examples have incorrect answers or none: a logit and a logit difference have no mean.
+
 Batches are cut from windows of `WINDOW` batches each, in which examples are sorted by length.
 What is in a batch depends on the examples and the batch size alone, never on how many processes
 share the work, so a prompt's rows are the same bytes in every run. One window is in memory at a
 time.
 """
 
+import codecs
 import csv
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from hashlib import sha256
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from tl_dla.errors import ArgumentError, TlDlaError, TokenError
+from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.targets import token_ids
-from tl_dla.inputs.tokens import read_positions, read_prompts
+from tl_dla.inputs.tokens import read_prompts
 
+FIELDS = ("prompt", "answer", "incorrect", "group")
 # Batches in a window: enough to sort by length, few enough that 8 processes share 1,000 examples.
 WINDOW = 8
 
@@ -44,6 +52,11 @@ class Example:
     answer: int
     incorrect: list[int]
 
+    @property
+    def digest(self) -> str:
+        """Of all that the rows depend on besides the model and the options, and the group."""
+        return _digest([self.group, self.tokens, self.answer, self.incorrect])
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -54,6 +67,11 @@ class Rejected:
     group: str | None
     error: TlDlaError
 
+    @property
+    def digest(self) -> str:
+        """Of the example's name and the reason."""
+        return _digest([self.group, self.prompt, str(self.error)])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -62,19 +80,11 @@ class Batch:
     The first batch of a window also carries those of the window that cannot be run.
     """
 
-    name: str
     examples: list[Example]
     rejected: list[Rejected]
 
-    @property
-    def digest(self) -> str:
-        """Of everything the rows depend on besides the model and the options."""
-        accepted = [[e.index, e.group, e.tokens, e.answer, e.incorrect] for e in self.examples]
-        rejected = [[r.index, r.group, str(r.error)] for r in self.rejected]
-        return sha256(json.dumps([accepted, rejected]).encode()).hexdigest()
 
-
-def batches(
+def windows(
     model: Any,
     examples: Iterable[Any],
     batch_size: int,
@@ -83,16 +93,57 @@ def batches(
     prepend_bos: bool | None = None,
     process: int = 0,
     processes: int = 1,
-) -> Iterator[Batch]:
-    """The batches of the windows that fall to this process: every `processes`-th."""
-    numbered = enumerate(examples)
+) -> Iterator[list[Example | Rejected]]:
+    """The windows of examples that fall to this process: every `processes`-th.
+
+    Raises:
+        ArgumentError: for a field with a mistaken name, or where some examples have incorrect
+            answers and others none; in every process alike.
+    """
+    numbered = enumerate(_checked(examples))
     for window in itertools.count():
         lines = list(itertools.islice(numbered, WINDOW * batch_size))
         if not lines:
             return
         if window % processes == process:
-            read = [_read(model, i, fields, pos, prepend_bos) for i, fields in lines]
-            yield from _cut(window, read, batch_size)
+            yield [_read(model, i, fields, pos, prepend_bos) for i, fields in lines]
+
+
+def _checked(examples: Iterable[Any]) -> Iterator[Any]:
+    """The examples as they come, once their fields are those of the others."""
+    if hasattr(examples, "itertuples"):  # a pandas DataFrame, whose iterator gives its columns
+        frame: Any = examples
+        lines = frame.astype(object).where(frame.notna(), None).itertuples(index=False, name=None)
+        examples = (dict(zip(frame.columns, line, strict=True)) for line in lines)
+    known: set[Any] = set(FIELDS)
+    first: tuple[int, bool] | None = None
+    for index, fields in enumerate(examples):
+        if isinstance(fields, Mapping):
+            for name in fields.keys() - known:
+                near = get_close_matches(str(name).lower(), FIELDS, 1, 0.8)
+                if near:
+                    raise ArgumentError(
+                        f"Example {index} has the field {name!r}, which is not read; did you mean"
+                        f" {near[0]!r}? Rename it, or remove it."
+                    )
+                known.add(name)
+            has = not _is_absent(fields.get("incorrect"))
+            first = first or (index, has)
+            if has != first[1]:
+                some, other = (index, first[0]) if has else (first[0], index)
+                raise ArgumentError(
+                    f"Example {some} has incorrect answers and example {other} has none: a logit"
+                    " difference and a logit cannot be averaged. Give all examples the field"
+                    " 'incorrect', or none, or make two datasets of them."
+                )
+        yield fields
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a field has no value: None, the NaN of an empty cell, or nothing in a list."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    return not value if isinstance(value, list | tuple) else 0 in getattr(value, "shape", ())
 
 
 def share(n: int, batch_size: int, process: int, processes: int) -> int:
@@ -102,21 +153,34 @@ def share(n: int, batch_size: int, process: int, processes: int) -> int:
     return sum(min(size, n - start) for start in starts)
 
 
-def _cut(window: int, read: Sequence[Example | Rejected], batch_size: int) -> Iterator[Batch]:
-    """Examples with as many incorrect answers, in order of length, in batches."""
+def batches(
+    window: Sequence[Example | Rejected], batch_size: int, *, equal_lengths: bool = False
+) -> Iterator[Batch]:
+    """The examples of a window in batches: of as many incorrect answers, in order of length.
 
-    def baseline(example: Example) -> int:
-        return len(example.incorrect)
+    Args:
+        window: examples.
+        batch_size: how many examples a batch has at most.
+        equal_lengths: whether all prompts of a batch must be of one length, as for models whose
+            positions scale with the length of what they are run on.
+    """
 
-    accepted = [e for e in read if isinstance(e, Example)]
-    rejected = [e for e in read if isinstance(e, Rejected)]
-    accepted.sort(key=lambda e: (baseline(e), len(e.tokens), e.index))
+    def alike(example: Example) -> tuple[int, int]:
+        return len(example.incorrect), len(example.tokens) if equal_lengths else 0
+
+    accepted = [e for e in window if isinstance(e, Example)]
+    rejected = [e for e in window if isinstance(e, Rejected)]
+    accepted.sort(key=lambda e: (len(e.incorrect), len(e.tokens), e.index))
     parts = []
-    for _, alike in itertools.groupby(accepted, baseline):
-        group = list(alike)
+    for _, several in itertools.groupby(accepted, alike):
+        group = list(several)
         parts += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    for i, part in enumerate(parts or [[]]):
-        yield Batch(f"{window:07d}-{i:02d}", part, rejected if i == 0 else [])
+    for i, part in enumerate(parts or [[]] * bool(rejected)):
+        yield Batch(part, rejected if i == 0 else [])
+
+
+def _digest(about: list[Any]) -> str:
+    return sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def _read(
@@ -129,11 +193,12 @@ def _read(
                 "An example must be a mapping with the fields prompt, answer and incorrect; a"
                 f" {type(fields).__name__} was given."
             )
-        prompt, group = fields.get("prompt"), fields.get("group")
+        fields = {name: None if _is_absent(fields.get(name)) else fields[name] for name in FIELDS}
+        prompt, group = fields["prompt"], fields["group"]
         group = None if group is None else str(group)
         text = prompt if isinstance(prompt, str) else None
         for name in ("prompt", "answer"):
-            if fields.get(name) is None:
+            if fields[name] is None:
                 raise TokenError(
                     f"An example needs the field {name!r}; this one has"
                     f" {', '.join(key for key, value in fields.items() if value is not None)}."
@@ -151,8 +216,8 @@ def _read(
 
 
 def _tokens(model: Any, fields: Mapping[str, Any], name: str, text: str | None) -> list[int]:
-    """The ids of one or several answers; none where the field is absent or empty."""
-    value = fields.get(name)
+    """The ids of one or several answers; none where the field is absent."""
+    value = fields[name]
     if value is None:
         return []
     texts = None if text is None else [text]
@@ -185,13 +250,13 @@ class ExampleFile:
     path: Path
 
     def __len__(self) -> int:
-        with self.path.open(encoding="utf-8", newline="") as file:
+        with self._open() as file:
             if self.path.suffix == ".csv":
                 return sum(1 for _ in csv.DictReader(file))
             return sum(1 for line in file if line.strip())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open(encoding="utf-8", newline="") as file:
+        with self._open() as file:
             if self.path.suffix == ".csv":
                 yield from map(_cells, csv.DictReader(file))
                 return
@@ -205,6 +270,21 @@ class ExampleFile:
                         f"Every line of {self.path.name} must be a JSON object; line {number} is"
                         f" not ({error})."
                     ) from error
+
+    @contextmanager
+    def _open(self) -> Iterator[TextIO]:
+        """The file as text: UTF-8, or UTF-16 where a byte order mark says so."""
+        with self.path.open("rb") as file:
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        try:
+            encoding = "utf-16" if wide else "utf-8-sig"
+            with self.path.open(encoding=encoding, newline="") as text:
+                yield text
+        except UnicodeError as error:
+            raise ArgumentError(
+                f"{self.path.name} must be text in UTF-8, or in UTF-16 with a byte order mark; it"
+                f" is neither ({error}): save it as UTF-8."
+            ) from error
 
 
 def _cells(row: Mapping[str, str]) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """The output folder of a dataset run: what was computed, batch by batch, never to be lost.
 
-    manifest.json                 the model, the unit and the options that the rows depend on
-    rows/0000012-03.parquet       batch 3 of window 12: one line per example, in order of index
-    errors.jsonl                  every example left out: its index and the reason
-    statistics.csv                the table of `DatasetAttribution.to_dataframe()`
+    manifest.json                           the model, the unit and the options of the run
+    rows/000000012-000000047-5f….parquet    a batch out of examples 12 to 47, one line per example
+    errors.jsonl                            every example left out: its index and the reason
+    statistics.csv                          the table of `DatasetAttribution.to_dataframe()`
+    complete.json                           how many examples the finished run had
 
-The last two are written when the run is complete. Columns of a shard:
+The last three are written when the run is complete, and taken away when a longer run adds a batch.
+Rows of examples beyond those of the run that finished last are kept, and not summarised.
+An example that is stored is not computed again, whatever batch it was in; so a dataset may grow, or
+be continued with another batch size, and several identical runs do not harm each other. Columns of
+a shard:
 
     index         int64          the example's place in the dataset, from 0
+    example       string         a digest of the example, to notice another one in its place
     group         string         null where it has none
     prompt        string         null where token ids were given
     answer        int32          token id
@@ -21,19 +27,21 @@ The last two are written when the run is complete. Columns of a shard:
     error         string         why the example was left out; the columns from `answer` on are null
 
 The schema's metadata holds, as JSON under `tl_dla`: the model's name, the unit, the rows' labels,
-kinds and layers, the versions of the packages, and digests of the manifest, of the batch's examples
-and of all that the shard holds. A shard is written to a temporary file and renamed when it is
-whole, so a shard that is there is complete, and one that is damaged is noticed.
+kinds and layers, the versions of the packages, and digests of the manifest and of all that the
+shard holds. A file is written to a temporary one beside it and renamed when it is whole, so a file
+that is there is complete, and a shard that is damaged is noticed.
 """
 
 import json
 import os
-import platform
+import re
+import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +49,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.datasets.manifest import FORMAT, digest, read_manifest, require_same
 from tl_dla.errors import OutputFolderError
-from tl_dla.model.reader import Kind, is_bridge
+from tl_dla.model.stream import Kind
 
-FORMAT = 1
 _KEY = b"tl_dla"
+_DONE = ("complete.json", "errors.jsonl", "statistics.csv")
+_ABANDONED = 3600  # seconds after which a temporary file is of no run that still writes it
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Line:
     """One example of a shard; `values` are its rows, `rest` the rows that only its batch has."""
 
     index: int
+    example: str
     group: str | None
     prompt: str | None
     answer: int | None = None
@@ -81,6 +92,11 @@ class Shard:
     lines: list[Line]
     names: RowNames | None
 
+    def only(self, indices: Iterable[int]) -> "Shard":
+        """The lines of these examples."""
+        wanted = set(indices)
+        return replace(self, lines=[line for line in self.lines if line.index in wanted])
+
 
 class Folder:
     """An output folder that is this run's own, new or to be continued.
@@ -98,7 +114,7 @@ class Folder:
         held = [name for name in held if not name.endswith(".tmp")]
         # Asked after listing: of processes that start together, one may be writing it just now.
         if (self.path / "manifest.json").is_file():
-            self._require_same(read_manifest(self.path))
+            require_same(self.path, read_manifest(self.path), manifest)
         elif held:
             raise OutputFolderError(
                 f"out must be new, empty or the folder of the same run; {str(path)!r} holds"
@@ -108,42 +124,49 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             _write(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         self.rows.mkdir(exist_ok=True)
+        self._held, self._start = (
+            _spans(self.path),
+            0,
+        )  # what earlier runs stored, and where to look
 
-    def _require_same(self, held: dict[str, Any]) -> None:
-        different = [
-            key
-            for key in {**held, **self.manifest}
-            if key != "versions" and held.get(key) != self.manifest.get(key)
-        ]
-        if different:
-            key = different[0]
-            raise OutputFolderError(
-                f"{str(self.path)!r} holds another run: its {key} is {held.get(key)!r}, not"
-                f" {self.manifest.get(key)!r}: give another folder, or the same arguments."
-            )
+    def read(self, examples: Mapping[int, str]) -> Iterator[Shard]:
+        """What is stored of these examples, given as their digests by index; each once.
 
-    def read(self, name: str, digest: str) -> Shard | None:
-        """A batch that was computed before; None where it was not.
+        Windows are read in ascending order: shards before the lowest index are forgotten.
 
         Raises:
-            OutputFolderError: where the shard is damaged or of other examples.
+            OutputFolderError: where a shard is damaged, or of other examples.
         """
-        path = self.rows / f"{name}.parquet"
-        if not path.exists():
-            return None
-        shard, about = read_shard(path)
-        if (about["manifest"], about["examples"]) != (_digest(self.manifest), digest):
-            raise OutputFolderError(
-                f"{path.name} in {str(self.path)!r} holds rows of other examples: give another"
-                " folder, or the same examples in the same order."
-            )
-        return shard
+        low, high = min(examples), max(examples)
+        while self._start < len(self._held) and self._held[self._start][1] < low:
+            self._start += 1
+        end = bisect_right(self._held, high, key=lambda span: span[0])
+        wanted = set(examples)
+        for _, last, path in self._held[self._start : end]:
+            if last < low or not wanted:
+                continue
+            shard, about = read_shard(path)
+            shard = shard.only(wanted)
+            for line in shard.lines:
+                if (
+                    about["manifest"] != digest(self.manifest)
+                    or line.example != examples[line.index]
+                ):
+                    raise OutputFolderError(
+                        f"{path.name} in {str(self.path)!r} holds rows of another example"
+                        f" {line.index}: give another folder, or the same examples in the same"
+                        " order (more may follow)."
+                    )
+            wanted -= {line.index for line in shard.lines}
+            if shard.lines:
+                yield shard
 
-    def write(self, name: str, digest: str, shard: Shard) -> None:
+    def write(self, shard: Shard) -> None:
         """Store a batch: all of it or nothing."""
+        for name in _DONE:  # of a run that had fewer examples
+            (self.path / name).unlink(missing_ok=True)
         about = {
-            "manifest": _digest(self.manifest),
-            "examples": digest,
+            "manifest": digest(self.manifest),
             "format": FORMAT,
             "model": self.manifest["model"]["name"],
             "unit": self.manifest["unit"],
@@ -152,43 +175,73 @@ class Folder:
             "layers": shard.names and shard.names.layers,
             "versions": self.manifest["versions"],
         }
-        write_shard(self.rows / f"{name}.parquet", shard, about)
+        indices = [line.index for line in shard.lines]
+        content = sha256(json.dumps([line.example for line in shard.lines]).encode()).hexdigest()
+        name = f"{min(indices):09d}-{max(indices):09d}-{content[:12]}.parquet"
+        write_shard(self.rows / name, shard, about)
 
-    def finish(self, table: Any, skipped: list[tuple[int, str]]) -> None:
-        """Write what is written once the run is complete, and clear what killed runs left."""
+    def finish(self, table: Any, skipped: list[tuple[int, str]], n: int) -> None:
+        """Write what is written once all `n` examples are done, and clear what killed runs left."""
         lines = [json.dumps({"index": i, "error": reason}) + "\n" for i, reason in skipped]
         _write(self.path / "errors.jsonl", "".join(lines))
         _write(self.path / "statistics.csv", table.to_csv(index=False, lineterminator="\n"))
+        _write(self.path / "complete.json", json.dumps({"examples": n}) + "\n")
         for folder in (self.path, self.rows):
             for left in folder.glob(".*.tmp"):
-                left.unlink(missing_ok=True)
+                try:  # those of other runs are theirs to rename
+                    if time.time() - left.stat().st_mtime > _ABANDONED:
+                        left.unlink()
+                except FileNotFoundError:
+                    continue
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of an output folder.
+def completed(path: Path) -> int | None:
+    """How many examples the finished run of an output folder had; None where none has finished.
 
     Raises:
-        OutputFolderError: where there is none, or it cannot be read.
+        OutputFolderError: where the file that says so is damaged.
     """
-    file = path / "manifest.json"
-    if not file.is_file():
-        raise OutputFolderError(f"{str(path)!r} is no output folder: it has no manifest.json.")
+    file = path / "complete.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OutputFolderError(f"{str(file)!r} is damaged: {error}.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise OutputFolderError(f"{str(file)!r} is not of format {FORMAT}, which tl_dla writes.")
-    return manifest
+        return int(json.loads(file.read_text(encoding="utf-8"))["examples"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputFolderError(
+            f"{str(file)!r} is damaged: delete it and repeat the call that wrote the folder."
+        ) from error
 
 
-def stored(path: Path, manifest: dict[str, Any]) -> Iterator[Shard]:
-    """Every shard of an output folder, in order, one in memory at a time."""
-    for file in sorted((path / "rows").glob("*.parquet")):
+def stored(path: Path, manifest: dict[str, Any], n: int | None) -> Iterator[Shard]:
+    """What an output folder holds of the first `n` examples (None for all), each once, in order.
+
+    One shard is in memory at a time.
+    """
+    seen: set[int] = set()
+    for first, _, file in _spans(path):
         shard, about = read_shard(file)
-        if about["manifest"] != _digest(manifest):
+        if about["manifest"] != digest(manifest):
             raise OutputFolderError(f"{str(file)!r} is of another run than its manifest.json.")
-        yield shard
+        shard = shard.only(
+            line.index
+            for line in shard.lines
+            if line.index not in seen and (n is None or line.index < n)
+        )
+        # What comes later starts later: of what was seen, the rest can be forgotten.
+        seen = {index for index in seen if index >= first} | {line.index for line in shard.lines}
+        if shard.lines:
+            yield shard
+
+
+def _spans(path: Path) -> list[tuple[int, int, Path]]:
+    """The first and last index of every shard, and its file, in order."""
+    spans = []
+    for file in sorted((path / "rows").glob("*.parquet")):
+        span = re.match(r"(\d+)-(\d+)-", file.name)
+        if span is None:
+            raise OutputFolderError(f"{str(file)!r} is no shard of tl_dla: take it elsewhere.")
+        spans.append((int(span[1]), int(span[2]), file))
+    return spans
 
 
 # ---- one shard ---------------------------------------------------------------------------------
@@ -199,6 +252,7 @@ def _schema(about: dict[str, Any]) -> Any:
 
     columns = {
         "index": pa.int64(),
+        "example": pa.string(),
         "group": pa.string(),
         "prompt": pa.string(),
         "answer": pa.int32(),
@@ -222,16 +276,15 @@ def write_shard(path: Path, shard: Shard, about: dict[str, Any]) -> None:
     lines = shard.lines
     columns = {
         name: [getattr(line, name) for line in lines]
-        for name in "index group prompt answer incorrect n_tokens logit miss error".split()
+        for name in "index example group prompt answer incorrect n_tokens logit miss error".split()
     }
     columns["rows"] = [None if x.values is None else x.values.numpy() for x in lines]
     columns["rest_labels"] = [None if x.rest is None else list(x.rest) for x in lines]
     columns["rest"] = [None if x.rest is None else list(x.rest.values()) for x in lines]
     about = {**about, "content": _content(lines, about)}
     table = pa.Table.from_pydict(columns, schema=_schema(about))
-    temporary = _temporary(path)
-    pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
-    _rename(temporary, path)
+    with _aside(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
 
 
 def read_shard(path: Path) -> tuple[Shard, dict[str, Any]]:
@@ -288,94 +341,22 @@ def _content(lines: list[Line], about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    """Of all that the rows depend on."""
-    kept = {key: value for key, value in manifest.items() if key != "versions"}
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` once its bytes are on the disk, and leaves nothing else.
 
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Give a written file its name once its bytes are on the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    Its name is its own, so that several runs can write the same file at once.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    _rename(temporary, path)
-
-
-# ---- the manifest ------------------------------------------------------------------------------
-
-
-def make_manifest(model: Any, **options: Any) -> dict[str, Any]:
-    """What the rows depend on besides the examples, and the versions they were computed with."""
-    versions = {
-        name: metadata.version(name) for name in ("transformer-lens", "transformers", "torch")
-    }
-    parameters = list(model.parameters())
-    about = {
-        "name": _name(model),
-        "class": type(model).__name__,
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "digest": model_digest(model),
-    }
-    return {
-        "format": FORMAT,
-        "model": about,
-        **options,
-        "versions": {**versions, "tl_dla": _own_version(), "python": platform.python_version()},
-    }
-
-
-def _name(model: Any) -> str:
-    """The model's name; of a model loaded from a folder, the folder's own name."""
-    name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("tl-dla")
-    except metadata.PackageNotFoundError:  # run from the source, not installed
-        return "unknown"
-
-
-def model_digest(model: Any) -> str:
-    """Of the model's configuration and all its parameters.
-
-    The bits of each parameter are added up as integers, which is exact whatever the device or the
-    number of threads, and changes with any edit of one weight.
-    """
-    config = model.original_model.config if is_bridge(model) else model.cfg
-    settings = {
-        key: str(value)
-        for key, value in config.to_dict().items()
-        if not key.startswith("_") and key not in _NOT_THE_MODEL
-    }
-    digest = sha256(json.dumps(settings, sort_keys=True).encode())
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":  # offloaded: only its shape can be read cheaply
-            bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-            every = bits.flatten()
-            some = every[:: max(1, len(every) // 64)].tolist()  # sees values that changed places
-            digest.update(f"{int(every.sum(dtype=torch.int64))} {some}".encode())
-    return digest.hexdigest()
-
-
-_NOT_THE_MODEL = (
-    "transformers_version",
-    "device",
-    "n_devices",
-    "seed",
-    "model_name",
-    "torch_dtype",
-)
+    with _aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -10,19 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.result import rows_to_rank
 from tl_dla.datasets.shards import RowNames, Shard
 from tl_dla.datasets.statistics import RowStatistics, Sums
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.selection import rows_to_rank
-from tl_dla.model.reader import Kind
+from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+Quantity = Literal["logit", "logit difference"]
 _SHOWN = 12
 # Columns that are added up beside the rows: the model's logit, and Σ|row| and |Σ row| over rows.
 _EXTRA = ("model's logit", "gross", "net")
+# Below so many prompts every interval comes with what it assumes (see `RowStatistics`).
+_FEW = 30
 
 
 class RowSummary(NamedTuple):
@@ -34,6 +37,7 @@ class RowSummary(NamedTuple):
     high: float
     std: float
     sem: float
+    skewness: float
     sign_agreement: float
     cancellation: float
 
@@ -48,10 +52,13 @@ class DatasetAttribution:
         kinds: what each row is.
         layers: each row's layer, None for rows of no layer.
         unit: the unit attributed.
+        quantity: what the rows add up to: `"logit"`, or `"logit difference"` where the examples
+            have incorrect answers.
         model: the model's name.
         confidence: of the intervals.
         rows: the statistics of each row over prompts: `rows.mean`, `rows.std`, `rows.sem`,
-            `rows.low`, `rows.high`, `rows.sign_agreement`, `rows.cancellation`, each `[row]`.
+            `rows.low`, `rows.high`, `rows.skewness`, `rows.sign_agreement`, `rows.cancellation`,
+            each `[row]`.
         logit: the same of the model's own logit (difference), `[1]`.
         gross_to_net: how much the rows of a prompt cancel each other: the mean over prompts of
             Σ|row|, over the mean of |Σ row|. (`rows.cancellation` is of one row over prompts.)
@@ -64,6 +71,7 @@ class DatasetAttribution:
     kinds: list[Kind]
     layers: list[int | None]
     unit: str
+    quantity: Quantity
     model: str
     confidence: float
     rows: RowStatistics
@@ -82,6 +90,17 @@ class DatasetAttribution:
     def mean(self) -> Float[Tensor, " row"]:
         """The mean of each row over prompts, in logits."""
         return self.rows.mean
+
+    @property
+    def caution(self) -> str | None:
+        """What the intervals assume, where there are few prompts; None where there are enough."""
+        few = min([self.n, *(part.n for part in self.groups.values())])
+        if few >= _FEW:
+            return None
+        return (
+            f"with few prompts ({few}) intervals hold if the effect is spread over them: where rare"
+            f" prompts carry it, they cover the mean less often than {self.confidence:.0%}"
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,10 +146,11 @@ class DatasetAttribution:
         return [self._summary(rows[i]) for i in order]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """A tidy table: one line per group × row, and one `logit` line of the model's own logit.
+        """A tidy table: one line per group × row, and one of the model's own logit (difference).
 
         Columns: `group` ("all" for all prompts), `label`, `kind`, `layer`, `n`, and those of
-        `RowStatistics` in logits.
+        `RowStatistics` in logits. The last line of a group has the kind `logit`, and `quantity` for
+        its label.
         """
         import pandas as pd
 
@@ -139,7 +159,7 @@ class DatasetAttribution:
         for group, part in [("all", self), *self.groups.items()]:
             columns: dict[str, Any] = {
                 "group": group,
-                "label": [*part.labels, "logit"],
+                "label": [*part.labels, self.quantity],
                 "kind": [*part.kinds, "logit"],
                 "layer": pd.array([*part.layers, None], dtype="Int64"),
                 "n": part.n,
@@ -150,7 +170,15 @@ class DatasetAttribution:
             tables.append(pd.DataFrame(columns))
         return pd.concat(tables, ignore_index=True)
 
-    def plot(self, k: int = 20, *, kind: Kind | None = None) -> "go.Figure":
+    def plot(
+        self,
+        k: int = 20,
+        *,
+        kind: Kind | None = None,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
         """The k rows of the largest means by magnitude with their intervals, a plotly figure."""
         from tl_dla.figures import charts
 
@@ -164,7 +192,8 @@ class DatasetAttribution:
             low,
             high,
             title=f"{self.n:,} prompts: the {len(rows)} largest rows",
-            subtitle=f"mean over prompts, {self.confidence:.0%} interval; {self.model}",
+            subtitle=f"{self.quantity}, mean over prompts, {self.confidence:.0%} interval;"
+            f" {self.model}",
         )
 
     def __repr__(self) -> str:
@@ -174,7 +203,7 @@ class DatasetAttribution:
         lines = [
             f'DatasetAttribution: {self.n:,} prompts, unit="{self.unit}", {len(self)} rows,'
             f" {self.model}",
-            f"  the model's own logit: {_interval(logit, 0)}, {sign} in"
+            f"  the model's own {self.quantity}: {_interval(logit, 0)}, {sign} in"
             f" {float(logit.sign_agreement):.0%} of prompts",
             f"  rows cancel: Σ|row| is {self.gross_to_net:.1f} times |Σ row|",
         ]
@@ -190,7 +219,11 @@ class DatasetAttribution:
                 f"  {row.label:>{width}}  {_interval(self.rows, at)}  {row.sign_agreement:5.0%}"
             )
         for name, part in self.groups.items():
-            lines.append(f"  group {name}: {part.n:,} prompts, logit {_interval(part.logit, 0)}")
+            lines.append(
+                f"  group {name}: {part.n:,} prompts, {self.quantity} {_interval(part.logit, 0)}"
+            )
+        if self.caution:
+            lines.append(f"  {self.caution}")
         if self.skipped:
             index, reason = self.skipped[0]
             lines.append(f"  {len(self.skipped):,} examples left out; example {index}: {reason}")
@@ -211,6 +244,7 @@ class Tally:
     """Sums per group, and what was left out; tallies merge in any order to the same numbers."""
 
     names: RowNames | None = None
+    quantity: Quantity = "logit"
     sums: dict[str | None, Sums] = field(default_factory=dict)
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
@@ -226,7 +260,8 @@ class Tally:
         sums = {}
         lines = [line for line in shard.lines if line.error is None]
         if not lines or shard.names is None:
-            return Tally(None, {}, skipped)
+            return Tally(skipped=skipped)
+        quantity: Quantity = "logit difference" if lines[0].incorrect else "logit"
         extra = list(lines[0].rest or {})
         labels = [*shard.names.labels, *extra]
         adding = torch.tensor(
@@ -246,7 +281,7 @@ class Tally:
             net = (values * adding).sum(1).abs().float()
             values = torch.cat([values, torch.stack([logit, gross, net], 1)], 1)
             sums[group] = Sums.of([*labels, *_EXTRA], values)
-        return Tally(shard.names, sums, skipped)
+        return Tally(shard.names, quantity, sums, skipped)
 
     @staticmethod
     def merge(parts: Sequence["Tally"]) -> "Tally":
@@ -268,7 +303,9 @@ class Tally:
             for group in groups
         }
         skipped = [one for part in parts for one in part.skipped]
-        return Tally(names[0] if names else None, sums, skipped)
+        attributed = [part.quantity for part in parts if part.names is not None]
+        quantity: Quantity = attributed[0] if attributed else "logit"
+        return Tally(names[0] if names else None, quantity, sums, skipped)
 
     def result(
         self, manifest: dict[str, Any], confidence: float, complete: bool = True
@@ -302,6 +339,7 @@ class Tally:
                 kinds=kinds,
                 layers=layers,
                 unit=manifest["unit"],
+                quantity=self.quantity,
                 model=manifest["model"]["name"],
                 confidence=confidence,
                 rows=RowStatistics.of(sums.select(labels), confidence),

@@ -22,28 +22,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.residual import ResidualStack, vector_probes, walk
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.taps import Probe
+from tl_dla.core.result import Attribution, require_input
+from tl_dla.core.run import CAUSE
+from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, flags_of, where
-from tl_dla.effects.interventions import (
-    ABLATABLE,
-    Ablation,
-    At,
-    Group,
-    name_groups,
-    run_ablated,
-)
+from tl_dla.effects.interventions import ABLATABLE, Group, How, name_groups, run_ablated
 from tl_dla.effects.recomputed import FinalLogits, written
 from tl_dla.effects.repair import SelfRepair, compare
+from tl_dla.effects.substitutes import Ablation, At
 from tl_dla.effects.suppression import copy_suppression
 from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.model.reader import ModelReader
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_VECTOR = "vector of "
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +57,7 @@ class Audit:
         ablation, at: what was written instead of the rows, and where.
     """
 
-    result: DirectLogitAttribution
+    result: Attribution
     rows: list[str]
     direct: Float[Tensor, " row *batch_and_pos"]
     direct_recomputed: Float[Tensor, " row *batch_and_pos"]
@@ -169,7 +162,7 @@ class Audit:
 
 
 def audit(
-    result: DirectLogitAttribution,
+    result: Attribution,
     k: int = 10,
     *,
     rows: Sequence[Group] | None = None,
@@ -215,25 +208,18 @@ def audit(
     stack = written(result)
     groups = name_groups(_largest(result, k) if rows is None else rows)
     final = FinalLogits(result, stack)
-    reader, unit = result.plan.reader, result.plan.unit
+    vectors = vectors_of(ModelReader(result.model), result.unit, result.selection)
     # Nothing is left of a row that is zero-ablated; of others it is what stands in its place.
-    probes = [] if ablation == "zero" else vector_probes(reader, unit)
-    runs = run_ablated(
-        result,
-        groups,
-        ablation=ablation,
-        at=at,
-        reference=reference,
-        batch_size=batch_size,
-        progress=progress,
-        probes=[Probe(_VECTOR + p.key, p.site, p.read, p.whole) for p in probes],
-    )
+    taps = [] if ablation == "zero" else vectors.taps
+    runs = run_ablated(result, groups, How(ablation, at, reference, batch_size, progress), taps)
     repairs, recomputed = {}, []
     for name, labels in groups.items():
-        repairs[name] = compare(result, name, labels, runs[name])
+        ablated = runs[name].result(Attribution).certified("raise", CAUSE)
+        repairs[name] = compare(result, name, labels, ablated)
         removed = _added(stack, labels)
-        if probes:
-            removed = removed - _added(_stack_of(runs[name]), labels)
+        if taps:
+            there = stack_of(vectors, runs[name].kept, result.positions)
+            removed = removed - _added(there, labels)
         recomputed.append(final.effect_of(removed))
     single = [labels[0] for labels in groups.values() if len(labels) == 1]
     return Audit(
@@ -250,7 +236,7 @@ def audit(
     )
 
 
-def _copied(result: DirectLogitAttribution, rows: list[str]) -> Tensor:
+def _copied(result: Attribution, rows: list[str]) -> Tensor:
     """NaN throughout for a model whose heads cannot be split: the rest of the audit stands."""
     try:
         return copy_suppression(result, rows)
@@ -258,7 +244,7 @@ def _copied(result: DirectLogitAttribution, rows: list[str]) -> Tensor:
         return torch.stack([torch.full_like(result.logit, torch.nan) for _ in rows])
 
 
-def _largest(result: DirectLogitAttribution, k: int) -> list[str]:
+def _largest(result: Attribution, k: int) -> list[str]:
     if k < 1:
         raise ArgumentError(f"k must be at least 1; {k} was given.")
     size = result.attribution.abs().reshape(len(result), -1).nanmean(1)
@@ -269,15 +255,3 @@ def _largest(result: DirectLogitAttribution, k: int) -> list[str]:
 def _added(stack: ResidualStack, labels: Sequence[str]) -> Float[Tensor, "*batch_and_pos d_model"]:
     """What rows wrote together."""
     return torch.stack([stack[label] for label in labels]).sum(0)
-
-
-def _stack_of(ablated: DirectLogitAttribution) -> ResidualStack:
-    values = {
-        key.removeprefix(_VECTOR): value
-        for key, value in ablated.seen.values.items()
-        if key.startswith(_VECTOR)
-    }
-    rows, _, _ = walk(ablated.plan.reader, values, ablated.plan.unit)
-    vectors = torch.stack([ablated.positions.squeeze(row.value) for row in rows])
-    names, kinds, layers = zip(*((r.label, r.kind, r.layer) for r in rows), strict=True)
-    return ResidualStack(vectors, list(names), list(kinds), list(layers))

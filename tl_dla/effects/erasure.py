@@ -23,11 +23,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.residual import ResidualStack
-from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.core.result import Attribution
+from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
 from tl_dla.errors import ArgumentError
-from tl_dla.model.reader import Point
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import ResidPoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +135,7 @@ _COLUMNS += ["writer_direct", "eraser_direct", "net", "correlation"]
 
 
 def erasures(
-    result: DirectLogitAttribution,
+    result: Attribution,
     writers: Sequence[str] | None = None,
     *,
     stack: ResidualStack | None = None,
@@ -169,7 +170,7 @@ def erasures(
             raise ArgumentError(f"Row {label!r} (kind {kinds[label]!r}) writes nothing of its own.")
     shared = [label for label in stack.labels if label in kinds]
     vectors = torch.stack([stack[label] for label in shared])
-    norm = result.plan.stream.norm
+    norm = ModelReader(result.model).stream().norm
     if norm is not None and norm.centred:
         vectors = vectors - vectors.mean(-1, keepdim=True)
     order = _order(result, shared)
@@ -185,14 +186,14 @@ def erasures(
     return Erasures(list(writers), shared, ratio, later, direct, squares.sqrt())
 
 
-def _order(result: DirectLogitAttribution, labels: Sequence[str]) -> dict[str, int]:
+def _order(result: Attribution, labels: Sequence[str]) -> dict[str, int]:
     """When each row is written.
 
     An MLP comes after the attention of its own block only where the stream can be seen between
     them: in a parallel block neither reads the other.
     """
-    steps = result.plan.stream.steps
-    middles = {s.layer for s in steps if isinstance(s, Point) and not s.block}
+    steps = ModelReader(result.model).stream().steps
+    middles = {s.layer for s in steps if isinstance(s, ResidPoint) and not s.block}
     layers = dict(zip(result.labels, result.layers, strict=True))
     kinds = dict(zip(result.labels, result.kinds, strict=True))
     order = {}

@@ -19,29 +19,28 @@ distinction is that of Pearl 2001, for language models Vig et al. 2020
 Only the attributed positions are overwritten (`at="position"`), or every token (`at="all"`).
 """
 
-import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.attribution import assemble, make_plan
-from tl_dla.core.assembly import shaped
-from tl_dla.core.neurons import Neurons
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.rows import Heads
-from tl_dla.core.taps import Probe, Recording, run
+from tl_dla.core.result import Attribution, require_input
+from tl_dla.core.run import CAUSE, Run, run
+from tl_dla.core.taps import Tap, alone_on
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.selection import Choice
-from tl_dla.inputs.targets import Targets
-from tl_dla.inputs.tokens import Positions, Prompts
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection
+from tl_dla.model.mlp import MLP
+from tl_dla.model.reader import ModelReader
 
+Result = TypeVar("Result", bound=Attribution)
 Group = str | Sequence[str]
 
 ABLATABLE = ("head", "neuron", "attn", "mlp", "ssm", "embed")
@@ -49,16 +48,27 @@ ABLATABLE = ("head", "neuron", "attn", "mlp", "ssm", "embed")
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Overwrite a place, in some rows of the batch, where `mask` is True."""
+    """Overwrite a place, in the batch from row `start` on, where `mask` is True."""
 
     place: Place
-    rows: slice
+    start: int
     mask: Bool[Tensor, "batch pos"]
     value: Float[Tensor, "#batch #pos width"] | float
 
+    def part(self, rows: slice) -> "Edit | None":
+        """The edit in some rows of the batch; None where it is in others."""
+        first = max(rows.start - self.start, 0)
+        stop = min(rows.stop - self.start, len(self.mask))
+        if first >= stop:
+            return None
+        value = self.value
+        if isinstance(value, Tensor) and len(value) > 1:
+            value = value[first:stop]
+        return Edit(self.place, self.start + first - rows.start, self.mask[first:stop], value)
+
 
 def ablate(
-    result: DirectLogitAttribution,
+    result: Result,
     rows: Sequence[Group],
     *,
     ablation: Ablation = "zero",
@@ -66,7 +76,7 @@ def ablate(
     reference: str | Sequence[str] | Int[Tensor, "*batch pos"] | None = None,
     batch_size: int = 32,
     progress: bool = True,
-) -> dict[str, DirectLogitAttribution]:
+) -> dict[str, Result]:
     """The same attribution in runs without these rows, one run for each.
 
     Args:
@@ -100,15 +110,21 @@ def ablate(
         ['L0H1', 'L1H0+L1H1']
         >>> total_effect = result.logit - without["L0H1"].logit
     """
-    return run_ablated(
-        result,
-        name_groups(rows),
-        ablation=ablation,
-        at=at,
-        reference=reference,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    how = How(ablation, at, reference, batch_size, progress)
+    runs = run_ablated(result, name_groups(rows), how)
+    found = {name: once.result(type(result)) for name, once in runs.items()}
+    return {name: one.certified("raise", CAUSE) for name, one in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class How:
+    """What is written in place of rows, where, and how many prompts run at once; see `ablate`."""
+
+    ablation: Ablation = "zero"
+    at: At = "position"
+    reference: Any = None
+    batch_size: int = 32
+    progress: bool = True
 
 
 def name_groups(rows: Sequence[Group]) -> dict[str, list[str]]:
@@ -120,131 +136,100 @@ def name_groups(rows: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def run_ablated(
-    result: DirectLogitAttribution,
-    groups: dict[str, list[str]],
-    *,
-    ablation: Ablation,
-    at: At,
-    reference: Any,
-    batch_size: int,
-    progress: bool,
-    probes: Sequence[Probe] = (),
-) -> dict[str, DirectLogitAttribution]:
-    """See `ablate`; `probes` are read in every ablated run beside those of the rows."""
+    result: Attribution, groups: dict[str, list[str]], how: How, taps: Sequence[Tap] = ()
+) -> dict[str, Run]:
+    """See `ablate`; `taps` are kept in every ablated run beside those of the rows."""
     require_input(result)
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1; {batch_size} was given.")
+    if how.batch_size < 1:
+        raise ArgumentError(f"batch_size must be at least 1; {how.batch_size} was given.")
     places = {
         name: [place_of(result, label) for label in labels] for name, labels in groups.items()
     }
-    values = substitutes(result, places, ablation, at, reference)
-    mask = ablated_tokens(result.prompts, result.positions, at)
+    values = substitutes(result, places, how.ablation, how.at, how.reference)
+    mask = ablated_tokens(result.prompts, result.positions, how.at)
     batch = len(result.prompts.tokens)
-    copies = max(1, batch_size // batch)
+    copies = max(1, how.batch_size // batch)
     # A run without its embeddings is never shared: how the stream starts is read off the whole run.
     embeds = [name for name, labels in groups.items() if {"embed", "pos_embed"} & set(labels)]
     others = [name for name in groups if name not in embeds]
     chunks = [[name] for name in embeds]
     chunks += [others[i : i + copies] for i in range(0, len(others), copies)]
-    runs: dict[str, DirectLogitAttribution] = {}
-    with tqdm(total=len(groups), desc="ablate", unit="row", disable=not progress) as bar:
+    runs: dict[str, Run] = {}
+    # The neurons that have rows in the clean run, whichever are the largest in these.
+    selection = _pinned(result)
+    with tqdm(total=len(groups), desc="ablate", unit="row", disable=not how.progress) as bar:
         for names in chunks:
             edits = [
-                Edit(place, slice(i * batch, (i + 1) * batch), mask, value)
+                Edit(place, i * batch, mask, value)
                 for i, name in enumerate(names)
                 for place, value in zip(places[name], values[name], strict=True)
             ]
-            runs |= zip(names, _run_edited(result, edits, len(names), probes), strict=True)
+            tiled = result.query.tiled(len(names))
+
+            def within(rows: slice, edits: list[Edit] = edits, tiled: Query = tiled) -> Any:
+                mine = [part for edit in edits if (part := edit.part(rows)) is not None]
+                return editing(result.model, mine, tiled.part(rows))
+
+            once = run(tiled, result.unit, selection, taps=taps, within=within)
+            runs |= zip(names, once.copies(len(names), result.query), strict=True)
             bar.update(len(names))
     return {name: runs[name] for name in groups}
 
 
-def place_of(result: DirectLogitAttribution, label: str) -> Place:
+def place_of(result: Attribution, label: str) -> Place:
     """Where the row is written from.
 
     Raises:
         ArgumentError: for a row that is not written at one place.
     """
-    result[label]  # an unknown label has its own message
-    kind = result.kinds[result.labels.index(label)]
-    if (place := _place_of_part(result, label)) is not None:
-        return place
-    for step in result.plan.stream.writes:
-        if step.label == label:
+    key, reader = result.keys[result.index(label)], ModelReader(result.model)
+    writes = [step for step in reader.stream().writes if step.layer == key.layer]
+    if key.kind == "head" and key.layer is not None and key.index is not None:
+        part = reader.attention(key.layer)
+        assert part is not None
+        return Place(part.site, key.index, part.W_O.shape[0])
+    if key.kind == "neuron" and key.layer is not None and key.index is not None:
+        for step in writes:
+            if step.kind == "mlp":
+                mlp = reader.mlp(key.layer, step.name.removesuffix("_out"), step.site)
+                if isinstance(mlp, MLP):
+                    return Place(mlp.site, key.index, mlp.W_out.shape[0])
+    for step in writes:
+        if step.name == key.name:
             return Place(step.site)
     raise ArgumentError(
-        f"Row {label!r} (kind {kind!r}) is not written at one place that could be overwritten;"
+        f"Row {label!r} (kind {key.kind!r}) is not written at one place that could be overwritten;"
         f" rows of kind {', '.join(ABLATABLE)} are."
     )
 
 
-def _place_of_part(result: DirectLogitAttribution, label: str) -> Place | None:
-    """The place of a head or a neuron."""
-    for refinement in result.plan.refinements.values():
-        if isinstance(refinement, Heads):
-            letter, parts = "H", refinement.part.W_O.shape[0]
-        elif isinstance(refinement, Neurons):
-            letter, parts = "N", refinement.part.W_out.shape[0]
-        else:
-            continue
-        if found := re.fullmatch(rf"L{refinement.layer}{letter}(\d+)", label):
-            return Place(refinement.part.site, int(found[1]), parts)
-    return None
-
-
 def added_up(
-    result: DirectLogitAttribution, tokens: Float[Tensor, "batch pos token"]
+    result: Attribution, tokens: Float[Tensor, "batch pos token"]
 ) -> Float[Tensor, "*batch_and_pos"]:
     """The target tokens' values added up as the result's own are, and shown at its positions."""
-    return shaped(tokens @ result.targets.weights.to(tokens).mT, result.targets, result.positions)
+    return result.query.shaped(tokens @ result.targets.weights.to(tokens).mT)
 
 
-# ---- running -----------------------------------------------------------------------------------
-
-
-def _run_edited(
-    result: DirectLogitAttribution, edits: Sequence[Edit], copies: int, probes: Sequence[Probe]
-) -> list[DirectLogitAttribution]:
-    """The attribution in each copy of the prompts, the edits in place."""
-    # The neurons that have rows in the clean run, whichever are the largest in this one.
-    plan, choice = result.plan, _pinned(result)
-    plan = plan.split_into(plan.unit, choice)
-    targets, tiled = _tile_targets(result.targets, copies), plan
-    if targets is not result.targets:
-        tiled = make_plan(plan.reader, targets, plan.unit, plan.include_bias, choice)
-    prompts = _tile_prompts(result.prompts, copies)
-    with editing(result.model, edits, prompts):
-        positions = _tile_positions(result.positions, copies)
-        seen = run(result.model, prompts, positions, [*tiled.probes, *probes], targets)
-    batch = len(result.prompts.tokens)
-    return [
-        assemble(
-            plan,
-            _part(seen, slice(i * batch, (i + 1) * batch)),
-            result.prompts,
-            result.positions,
-            result.targets,
-            check="raise",
-            from_cache=False,
-        )
-        for i in range(copies)
+def _pinned(result: Attribution) -> Selection:
+    if result.selection.top_neurons is None:
+        return result.selection
+    neurons = [
+        (key.layer, key.index)
+        for key in result.keys
+        if key.kind == "neuron" and key.layer is not None and key.index is not None
     ]
-
-
-def _pinned(result: DirectLogitAttribution) -> Choice:
-    choice = result.plan.choice
-    if choice.top_neurons is None:
-        return choice
-    neurons = [label for label in result.labels if re.fullmatch(r"L\d+N\d+", label)]
-    return replace(choice, top_neurons=None, neurons=tuple(neurons))
+    return replace(result.selection, top_neurons=None, neurons=tuple(neurons))
 
 
 @contextmanager
-def editing(model: Any, edits: Sequence[Edit], prompts: Prompts) -> Iterator[None]:
+def editing(model: Any, edits: Sequence[Edit], query: Query) -> Iterator[None]:
     """The model with these edits: hooks added after it see the edited activations."""
-    batch, pos = prompts.packed.shape
+    batch, pos = query.prompts.packed.shape
+    thread = threading.get_ident()
 
     def edit(activation: Any, mine: list[Edit]) -> Any:
+        if threading.get_ident() != thread:
+            return activation  # a pass of the user's own, in another thread
         if isinstance(activation, tuple):
             return (edit(activation[0], mine), *activation[1:])
         # Positional embeddings may come once for all prompts, experts with batch and pos in one.
@@ -252,16 +237,18 @@ def editing(model: Any, edits: Sequence[Edit], prompts: Prompts) -> Iterator[Non
         x = activation.expand(batch, *activation.shape[1:]) if shared else activation
         shape, x = x.shape, x.reshape(batch, pos, -1).clone()
         for e in mine:
+            rows = slice(e.start, e.start + len(e.mask))
             columns = e.place.columns(x.shape[-1])
-            old = x[e.rows, :, columns]
+            old = x[rows, :, columns]
             value = torch.as_tensor(e.value).to(old)
-            x[e.rows, :, columns] = torch.where(e.mask[..., None].to(x.device), value, old)
+            x[rows, :, columns] = torch.where(e.mask[..., None].to(x.device), value, old)
         return x.reshape(shape)
 
     by_site: dict[str, list[Edit]] = {}
     for e in edits:
         by_site.setdefault(e.place.site.name, []).append(e)
     with ExitStack() as stack:
+        stack.enter_context(alone_on(model))
         hooks = []
         for name, mine in by_site.items():
             site = mine[0].place.site
@@ -274,28 +261,3 @@ def editing(model: Any, edits: Sequence[Edit], prompts: Prompts) -> Iterator[Non
                 stack.callback(handle.remove)
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         yield
-
-
-def _tile_prompts(prompts: Prompts, copies: int) -> Prompts:
-    """The prompts several times over."""
-    start, length = prompts.start.repeat(copies), prompts.length.repeat(copies)
-    return Prompts(prompts.tokens.repeat(copies, 1), start, length)
-
-
-def _tile_positions(positions: Positions, copies: int) -> Positions:
-    """Their positions likewise."""
-    index, valid = positions.index.repeat(copies, 1), positions.valid.repeat(copies, 1)
-    return Positions(index, valid, positions.single, positions.every)
-
-
-def _tile_targets(targets: Targets, copies: int) -> Targets:
-    if targets.ids.shape[0] == 1 or copies == 1:
-        return targets
-    ids = targets.ids.repeat(copies, 1, 1)
-    return Targets(ids, targets.weights, targets.candidates, targets.mean_of_vocab)
-
-
-def _part(seen: Recording, rows: slice) -> Recording:
-    assert seen.raw is not None and seen.logits is not None
-    values = {key: value[rows] for key, value in seen.values.items()}
-    return Recording(values, seen.raw[rows], seen.logits[rows])

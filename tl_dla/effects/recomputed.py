@@ -22,16 +22,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.residual import ResidualStack, vector_probes, walk
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.taps import Probe, run
+from tl_dla.core.decomposition import B_U, LN_FINAL_B, of_query
+from tl_dla.core.result import Attribution
+from tl_dla.core.rounding import recomputed_tolerance
+from tl_dla.core.rows import RowKey
+from tl_dla.core.run import again
+from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.interventions import added_up
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.model.reader import output_transform
+from tl_dla.inputs.selection import Selection
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.unembedding import is_linear, output_transform
 
 
 def direct_effect_recomputed(
-    result: DirectLogitAttribution, stack: ResidualStack | None = None
+    result: Attribution, stack: ResidualStack | None = None
 ) -> Float[Tensor, " row *batch_and_pos"]:
     """The change of the logit when each row is taken out of the stream and the final norm rescales.
 
@@ -78,22 +83,17 @@ def direct_effect_recomputed(
     return torch.stack(values)
 
 
-def written(result: DirectLogitAttribution) -> ResidualStack:
+def written(result: Attribution) -> ResidualStack:
     """What each row of the result wrote at the attributed positions, by one forward pass."""
-    require_input(result)
     if result.unit not in ("component", "head"):
         raise ArgumentError(
             f'What rows wrote is known for unit="component" and unit="head", not for'
             f' "{result.unit}": attribute with one of them. (Neurons can be ablated all the same:'
             " see ablate and self_repair.)"
         )
-    reader, unit = result.plan.reader, result.plan.unit
-    probes: list[Probe] = vector_probes(reader, unit)
-    seen = run(result.model, result.prompts, result.positions, probes, None).values
-    rows, _, _ = walk(reader, seen, unit)
-    vectors = torch.stack([result.positions.squeeze(row.value) for row in rows])
-    names, kinds, layers = zip(*((r.label, r.kind, r.layer) for r in rows), strict=True)
-    return ResidualStack(vectors, list(names), list(kinds), list(layers))
+    parts = vectors_of(ModelReader(result.model), result.unit, result.selection)
+    once = again(result, taps=parts.taps)
+    return stack_of(parts, once.kept, result.positions)
 
 
 class FinalLogits:
@@ -102,12 +102,14 @@ class FinalLogits:
     Dot products are in float64: a row may be nearly all of the stream, and what is left small.
     """
 
-    def __init__(self, result: DirectLogitAttribution, stack: ResidualStack) -> None:
-        self.result, self.plan = result, result.plan
-        self.norm = self.plan.stream.norm
+    def __init__(self, result: Attribution, stack: ResidualStack) -> None:
+        self.result, self.reader = result, ModelReader(result.model)
+        self._require_linear_mean()
+        self.parts = of_query(result.query, "component", Selection())
+        self.norm = self.reader.stream().norm
         x = self._with_axes(stack.vectors.sum(0, dtype=torch.float64))
-        self.x, self.x_w = self._kept(x), self.plan.logit.contract(x)
-        self.constant = self._bias(self.plan.final_beta) + self._bias(self.plan.b_U)
+        self.x, self.x_w = self._kept(x), self.parts.readout.contract(x)
+        self.constant = sum((self._bias(key) for key in (LN_FINAL_B, B_U)), 0.0)
         self.raw = self.x_w / self._scale(None)[..., None] + self.constant
         self._require_transform()
 
@@ -116,13 +118,13 @@ class FinalLogits:
     ) -> Float[Tensor, "*batch_and_pos"]:
         """The logit, less that of the stream without this vector, the norm rescaling."""
         c = self._with_axes(vector.double())
-        left = (self.x_w - self.plan.logit.contract(c)) / self._scale(self._kept(c))[..., None]
+        left = (self.x_w - self.parts.readout.contract(c)) / self._scale(self._kept(c))[..., None]
         return self._change(left + self.constant)
 
     def effect_of_bias(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
         """The same for `ln_final.b` and `b_U`, which are not in the stream."""
-        bias = self.plan.final_beta if label == "ln_final.b" else self.plan.b_U
-        return self._change(self.raw - self._bias(bias))
+        [key] = [key for key in (LN_FINAL_B, B_U) if key.label == label]
+        return self._change(self.raw - self._bias(key))
 
     def _change(self, raw: Float[Tensor, "batch pos token"]) -> Float[Tensor, "*batch_and_pos"]:
         model = self.result.model
@@ -142,7 +144,7 @@ class FinalLogits:
         square = self.x.square().sum(-1)
         if without is not None:
             square = square - 2 * (self.x * without).sum(-1) + without.square().sum(-1)
-        return (square.clamp(min=0.0) / self.x.shape[-1] + self.norm.eps).sqrt()
+        return (square.clamp(min=0.0) / self.x.shape[-1] + self.norm.norm_eps).sqrt()
 
     def _kept(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The part of a vector that the norm sees."""
@@ -150,29 +152,32 @@ class FinalLogits:
         centred = self.norm is not None and self.norm.centred
         return x - x.mean(-1, keepdim=True) if centred else x
 
-    def _bias(self, bias: Tensor | None) -> Tensor:
+    def _bias(self, key: RowKey) -> Float[Tensor, "batch pos token"]:
+        bias = dict(self.parts.constants).get(key)
         return torch.zeros_like(self.x_w) if bias is None else bias.double().expand_as(self.x_w)
 
-    def _require_transform(self) -> None:
-        """The output transform as it is known here must give the logits that the model returned."""
-        model, seen = self.result.model, self.result.seen
-        logits = output_transform(model, self.raw)
-        linear = torch.allclose(output_transform(model, 2 * self.raw), 2 * logits, rtol=1e-9)
-        if self.result.targets.mean_of_vocab and not linear:
+    def _require_linear_mean(self) -> None:
+        if self.result.targets.mean_of_vocab and not is_linear(self.result.model):
             raise UnsupportedModelError(
                 "This model caps its logits, and the mean of capped logits cannot be recomputed"
                 ' from the target tokens: give incorrect_tokens in place of "mean".'
             )
-        if seen.logits is None:
+
+    def _require_transform(self) -> None:
+        """The logits as they are known here must be those that the model returned."""
+        numbers = self.result.numbers
+        if not numbers.ran:
             return
+        logits = output_transform(self.result.model, self.raw)
         # What rounding in the model's dtype can do to a dot product of this size, many times over.
-        eps = 64 * torch.finfo(self.plan.reader.dtype).eps
-        size = (self.x[..., None, :] * self.plan.logit.direction.double()).norm(dim=-1)
-        allowed = eps * (size / self._scale(None)[..., None] + seen.logits.abs())
-        miss = (logits - seen.logits).abs()
+        size = (self.x[..., None, :] * self.parts.readout.direction.double()).norm(dim=-1)
+        size = size / self._scale(None)[..., None] + numbers.logits.abs()
+        allowed = recomputed_tolerance(self.reader.machine_eps) * size
+        miss = (logits - numbers.logits).abs()
         if bool((miss > allowed)[self.result.positions.valid].any()):
             raise UnsupportedModelError(
-                f"The logits recomputed from the final residual stream miss those that"
-                f" {self.plan.reader.architecture} returned by {float(miss.max()):.3g}: its output"
-                " transform is not understood, so a rescaled logit cannot be had."
+                "The logits recomputed from the final residual stream miss those that"
+                f" {self.reader.architecture} returned by {float(miss.max()):.3g}: its weights were"
+                " edited since, or it does something to its logits that is not understood, so a"
+                " rescaled logit cannot be had."
             )

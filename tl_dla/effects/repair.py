@@ -25,15 +25,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.result import DirectLogitAttribution
-from tl_dla.effects.interventions import Ablation, At, Group, ablate, added_up, name_groups
-from tl_dla.model.reader import Kind, output_transform
+from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.result import Attribution
+from tl_dla.core.rows import RowKey
+from tl_dla.effects.interventions import Group, ablate, added_up, name_groups
+from tl_dla.effects.substitutes import Ablation, At
+from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ATTENTION = ("head", "attn", "ssm", "source")
-_MLPS = ("mlp", "neuron", "expert")
+_MLPS = ("mlp", "neuron", "neurons", "expert")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -118,7 +121,7 @@ class SelfRepair:
 
 
 def self_repair(
-    result: DirectLogitAttribution,
+    result: Attribution,
     rows: Group,
     *,
     ablation: Ablation = "zero",
@@ -156,60 +159,39 @@ def self_repair(
 
 
 def compare(
-    result: DirectLogitAttribution,
+    result: Attribution,
     name: str,
     ablated_rows: Sequence[str],
-    ablated: DirectLogitAttribution,
+    ablated: Attribution,
 ) -> SelfRepair:
     """The parts, from the clean run and the ablated one."""
     before, after = _stream_rows(result), _stream_rows(ablated)
+    clean, other = result.numbers, ablated.numbers
     # The ablated run's rows, read at the clean run's final scale.
-    rescale = (_final_scale(ablated) / _final_scale(result))[..., None]
-    zero = torch.zeros_like(result.ratio)
-    labels = list(dict.fromkeys([*before, *after]))
+    rescale = (other.scale / clean.scale)[..., None]
+    zero = torch.zeros_like(clean.ratio)
+    keys = list(dict.fromkeys([*before, *after]))
     change = {
-        label: added_up(
-            result,
-            (after[label][1] * rescale if label in after else zero) * result.ratio
-            - (before[label][1] if label in before else zero) * result.ratio,
+        key.label: added_up(
+            result, (after.get(key, zero) * rescale - before.get(key, zero)) * clean.ratio
         )
-        for label in labels
+        for key in keys
     }
-    norm = sum((value for _, value in after.values()), zero) * (1 - rescale)
-    logits, raw = ablated.seen.logits, ablated.seen.raw
-    assert logits is not None and raw is not None
-    others = [label for label in labels if label not in ablated_rows]
-    kinds = {label: kind for label, (kind, _) in (after | before).items()}
+    norm = sum(after.values(), zero) * (1 - rescale)
+    others = [key for key in keys if key.label not in ablated_rows]
     return SelfRepair(
         name=name,
         direct=-sum((change[label] for label in ablated_rows), torch.zeros_like(result.logit)),
-        total=added_up(result, model_logits(result) - logits.to(zero)),
-        change=torch.stack([change[label] for label in others]),
-        labels=others,
-        kinds=[kinds[label] for label in others],
-        norm=added_up(result, norm * result.ratio),
-        softcap=added_up(result, logits.to(zero) - raw.to(zero) * result.ratio),
+        total=added_up(result, clean.logits - other.logits.to(zero)),
+        change=torch.stack([change[key.label] for key in others]),
+        labels=[key.label for key in others],
+        kinds=[key.kind for key in others],
+        norm=added_up(result, norm * clean.ratio),
+        softcap=added_up(result, other.logits.to(zero) - other.raw.to(zero) * clean.ratio),
     )
 
 
-def model_logits(result: DirectLogitAttribution) -> Float[Tensor, "batch pos token"]:
-    """The target tokens' logits; read out of the cache's final stream where no model ran."""
-    if result.seen.logits is not None:
-        return result.seen.logits.to(result.ratio)
-    raw = result.plan.rows(result.seen).total
-    return output_transform(result.model, raw)
-
-
-def _stream_rows(result: DirectLogitAttribution) -> dict[str, tuple[Kind, Tensor]]:
-    """The rows in the final residual stream, before the output transform, by label."""
-    rows = result.plan.rows(result.seen, result.positions, result.targets.weights).rows
-    return {
-        row.label: (row.kind, row.value) for row in rows if row.label not in ("ln_final.b", "b_U")
-    }
-
-
-def _final_scale(result: DirectLogitAttribution) -> Float[Tensor, "batch pos"]:
-    norm = result.plan.stream.norm
-    if norm is None:
-        return torch.ones_like(result.ratio[..., 0])
-    return result.seen.values[norm.name].to(result.ratio)
+def _stream_rows(result: Attribution) -> dict[RowKey, Float[Tensor, "batch pos token"]]:
+    """The rows in the final residual stream, before the output transform."""
+    named = zip(result.keys, result.numbers.rows, strict=True)
+    return {key: value for key, value in named if key not in (LN_FINAL_B, B_U)}

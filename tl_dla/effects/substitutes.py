@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.result import DirectLogitAttribution
-from tl_dla.core.taps import Probe, run
+from tl_dla.core.result import Attribution
+from tl_dla.core.taps import Tap, forward
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.tokens import Positions, Prompts, read_prompts
-from tl_dla.model.reader import Site
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.tokens import Prompts, read_prompts
+from tl_dla.model.hooks import Site
 
 Ablation = Literal["zero", "mean", "resample"]
 At = Literal["position", "all"]
@@ -45,7 +47,7 @@ def ablated_tokens(prompts: Prompts, positions: Positions, at: At) -> Bool[Tenso
 
 
 def substitutes(
-    result: DirectLogitAttribution,
+    result: Attribution,
     places: dict[str, list[Place]],
     ablation: Ablation,
     at: At,
@@ -68,13 +70,14 @@ def substitutes(
             " others as `reference`."
         )
     sites = {place.site.name: place.site for group in places.values() for place in group}
-    probes = [Probe(name, site, lambda x: x.flatten(2), whole=True) for name, site in sites.items()]
+    taps = {name: Tap(site, lambda x: x.flatten(2), whole=True) for name, site in sites.items()}
     # The logits are not wanted: one position is unembedded, the least that a run can do.
     first = Positions(torch.zeros_like(prompts.length)[:, None], mask[:, :1], True, False)
-    seen = run(result.model, prompts, first, probes, None).values
+    query = Query(result.model, prompts, first, result.targets)
+    kept = forward(query, list(taps.values()), logits=False)
 
     def substitute(place: Place) -> Tensor:
-        x = seen[place.site.name]
+        x = kept[taps[place.site.name]]
         x = x[..., place.columns(x.shape[-1])].expand(*mask.shape, -1)
         if ablation == "mean":
             return x[mask].mean(0).expand(1, 1, -1)
@@ -83,9 +86,7 @@ def substitutes(
     return {name: [substitute(place) for place in group] for name, group in places.items()}
 
 
-def _reference_mask(
-    result: DirectLogitAttribution, prompts: Prompts, at: At
-) -> Bool[Tensor, "batch pos"]:
+def _reference_mask(result: Attribution, prompts: Prompts, at: At) -> Bool[Tensor, "batch pos"]:
     """The reference's tokens that correspond to the ablated ones, matched from the end."""
     tokens = prompts.packed
     index = torch.arange(tokens.shape[1], device=tokens.device)
@@ -127,7 +128,7 @@ def _require_pairs(prompts: Prompts, reference: Prompts, at: At, own: bool) -> N
 def _resampled(
     x: Float[Tensor, "reference from width"],
     mask: Bool[Tensor, "reference from"],
-    result: DirectLogitAttribution,
+    result: Attribution,
     at: At,
     own: bool,
 ) -> Float[Tensor, "batch pos width"]:

@@ -16,14 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.attribution import assemble
-from tl_dla.core.result import DirectLogitAttribution, require_input
-from tl_dla.core.taps import run
-from tl_dla.inputs.selection import Choice
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import CAUSE, again
+from tl_dla.inputs.selection import Selection
 
 
 def copy_suppression(
-    result: DirectLogitAttribution, rows: Sequence[str] | None = None
+    result: Attribution, rows: Sequence[str] | None = None
 ) -> Float[Tensor, " row *batch_and_pos"]:
     """What each negative head's row owes to source tokens equal to the answer, in logits.
 
@@ -48,22 +47,24 @@ def copy_suppression(
         True
     """
     rows = result.labels if rows is None else rows
-    kinds = dict(zip(result.labels, result.kinds, strict=True))
-    heads = [row for row in rows if kinds.get(row) == "head" and float(result[row].nanmean()) < 0]
+    keys = dict(zip(result.labels, result.keys, strict=True))
+    heads = {
+        (keys[row].layer or 0, keys[row].index or 0): row
+        for row in rows
+        if row in keys and keys[row].kind == "head" and float(result[row].nanmean()) < 0
+    }
     nothing = torch.full_like(result.logit, torch.nan)
     if not heads:
         return torch.stack([nothing for _ in rows])
-    require_input(result)
-    plan = result.plan.split_into("source", Choice(heads=tuple(heads)))
+    once = again(result, "source", Selection(heads=tuple(heads)))
+    sources = once.result(Attribution).certified("raise", CAUSE)
     prompts, positions, targets = result.prompts, result.positions, result.targets
-    seen = run(result.model, prompts, positions, plan.probes, targets)
-    sources = assemble(plan, seen, prompts, positions, targets, check="raise", from_cache=False)
     # [batch, pos, source]: a causal head sees no later copy, and its row of one is 0.
     copies = prompts.packed[:, None] == targets.ids[..., :1].to(prompts.packed.device)
     copies = copies.expand(*positions.index.shape, -1).to(result.logit)
-    copied = dict.fromkeys(heads, torch.zeros_like(result.logit))
-    for label, kind, value in zip(sources.labels, sources.kinds, sources.attribution, strict=True):
-        if kind == "source":
-            head, _, source = label.partition("←")
-            copied[head] = copied[head] + value * positions.squeeze(copies[..., int(source)])
+    copied = dict.fromkeys(heads.values(), torch.zeros_like(result.logit))
+    for key, value in zip(sources.keys, sources.attribution, strict=True):
+        if key.source is not None:
+            label = heads[key.layer or 0, key.index or 0]
+            copied[label] = copied[label] + value * positions.squeeze(copies[..., key.source])
     return torch.stack([copied.get(row, nothing) for row in rows])

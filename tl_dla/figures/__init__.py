@@ -1,1 +1,1 @@
-"""What figures and pages are made of; `tl_dla/plots.py` and `tl_dla/report.py` join them."""
+"""Pictures of numbers and names; nothing here knows a model or a result."""

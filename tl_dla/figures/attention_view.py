@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
-from tl_dla.report import embedded
+from tl_dla.figures import embedded
 
 AttentionStyle = Literal["patterns", "heads"]
 _ELEMENTS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}

@@ -4,8 +4,10 @@ Values are in logits unless a `unit` says otherwise; colour scales are centred o
 registered with plotly: each figure carries its own template (`theme`).
 """
 
-from collections.abc import Sequence
-from html import escape
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,81 +15,97 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Shaped
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures.theme import DOT, INK, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, SCALES, template
+from tl_dla.figures.text import in_template, safe
+from tl_dla.figures.theme import DOT, INK, NEGATIVE, NEUTRAL, POSITIVE, SCALES, template
+from tl_dla.figures.view import spread
 
 
-def safe(text: str) -> str:
-    """Text as plotly shows it, nothing read as markup and line breaks made visible."""
-    return escape(text, quote=False).replace("\n", "↵").replace("\t", "⇥")
+@dataclass(frozen=True)
+class Look:
+    """What a caller may choose of any figure.
+
+    Attributes:
+        title: in place of the figure's own; `""` for no heading at all.
+        width: in pixels; as wide as the page by default.
+        height: in pixels; as high as what is drawn by default.
+
+    Raises:
+        ArgumentError: for a width or height below 1.
+    """
+
+    title: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise ArgumentError(f"{name} must be a number of pixels; {given} was given.")
+
+    @property
+    def room(self) -> int:
+        """The width to arrange the figure for."""
+        return self.width or 760
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the figure must do without what stands beside it."""
+        return self.room < 560
 
 
-def in_template(text: str) -> str:
-    """Text inside a hover template, where `%{x}` would be read as a value."""
-    return safe(text).replace("%{", "%&#123;")
+PLAIN = Look()
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """The start and the end of a long text."""
-    if len(text) <= length:
-        return text
-    start, end = text[: length // 3], text[-(length - length // 3) :]
-    return f"{start.rsplit(None, 1)[0]} … {end.split(None, 1)[-1]}"
+@dataclass(frozen=True)
+class Heading:
+    """A figure's own title, and lines in small type below it, as plotly reads them: escaped."""
+
+    title: str
+    subtitle: str = ""
 
 
-def number(value: float) -> str:
-    """A signed value with as many digits as matter."""
-    text = f"{value:+.2f}" if abs(value) >= 10 else f"{value:+.3f}"
-    return text.replace("-", "−")
+@dataclass(frozen=True)
+class Sizes:
+    """How high what is drawn is, and the room around it, in pixels."""
+
+    body: int
+    above: int = 16
+    below: int = 50
+    right: int = 20
 
 
-def styled(
-    fig: go.Figure, title: str, subtitle: str = "", *, height: int, width: int | None = None
-) -> go.Figure:
-    """The figure with its template, title and size. Titles are shown as they are: escape them."""
-    small = f'<br><span style="font-size:12px">{subtitle}</span>' if subtitle else ""
+def styled(fig: go.Figure, heading: Heading, look: Look, sizes: Sizes) -> go.Figure:
+    """The figure with its template, its heading in lines that fit, and its size."""
+    title, subtitle = heading.title, heading.subtitle
+    if look.title is not None:
+        title, subtitle = safe(look.title), subtitle if look.title else ""
+    large, small = _lines(title, look.room, 8.6), _lines(subtitle, look.room, 6.4)
+    buttons = 28 if look.narrow and large else 0  # plotly's, which stand over a wide title's end
+    head = 21 * len(large) + 16 * len(small) + 26 * bool(large) + buttons
+    lower = f'<br><span style="font-size:12px">{"<br>".join(small)}</span>' if small else ""
+    total = look.height or head + sizes.above + sizes.body + sizes.below
     fig.update_layout(
         template=template(),
-        title_text=f"{title}{small}",
-        title_y=1 - 26 / height,
+        title_text=f"{'<br>'.join(large)}{lower}",
+        title_y=1 - (24 + buttons) / total,
         title_yanchor="top",
-        height=height,
-        width=width,
-        margin=dict(l=20, r=20, t=78 if subtitle else 58, b=20),
+        height=total,
+        width=look.width,
+        margin=dict(l=20, r=sizes.right, t=head + sizes.above, b=sizes.below),
     )
     return fig
 
 
-def colour_axis(
-    values: Float[np.ndarray, "..."],
-    scale: Literal["diverging", "sequential"] = "diverging",
-    title: str = "logits",
-    **options: Any,
-) -> dict[str, Any]:
-    """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not."""
-    finite = values[np.isfinite(values)]
-    largest = float(np.abs(finite).max()) if finite.size else 0.0
-    largest = largest or 1.0
-    bar = dict(
-        title=dict(text=title, side="right", font=dict(size=12)), thickness=10, outlinewidth=0
-    )
-    return dict(
-        colorscale=SCALES[scale]["light"],
-        cmin=-largest if scale == "diverging" else 0.0,
-        cmax=largest,
-        colorbar=bar | options,
-    )
+def _lines(text: str, room: int, letter: float) -> list[str]:
+    """Text in lines no wider than the room, for letters of a mean width in pixels."""
+    length = int((room - 40) / letter)
+    return [line for part in text.split("<br>") for line in textwrap.wrap(part, length)]
 
 
 def signs(values: Float[np.ndarray, " row"]) -> list[str]:
     """A colour for each value: positive, negative or, for NaN, neither."""
     return [POSITIVE if v >= 0 else NEGATIVE if v < 0 else NEUTRAL for v in values]
-
-
-def spread(place: float, count: int, width: float = 0.5) -> Float[np.ndarray, " sample"]:
-    """Places of several points around one, in order, so that equal values stay apart."""
-    if count == 1:
-        return np.array([place])
-    return place + width * (np.arange(count) / (count - 1) - 0.5)
 
 
 def _aligned(labels: Sequence[str], **arrays: Any) -> None:
@@ -104,27 +122,19 @@ def intervals(
     mean: Float[np.ndarray, " row"],
     low: Float[np.ndarray, " row"],
     high: Float[np.ndarray, " row"],
-    values: Float[np.ndarray, "row sample"] | None = None,
     *,
-    samples: Sequence[str] | None = None,
-    details: Sequence[str] | None = None,
-    title: str = "",
-    subtitle: str = "",
-    unit: str = "logits",
+    heading: Heading,
+    look: Look = PLAIN,
 ) -> go.Figure:
-    """A bar for each mean, its interval from `low` to `high`, and every value behind it as a dot.
+    """A bar for each mean, in logits, and its interval from `low` to `high`.
 
     Args:
         labels: the rows' names, the first on top.
-        mean: the rows' means, in `unit`.
+        mean: the rows' means.
         low: the lower ends of their intervals.
         high: the upper ends.
-        values: `[row, sample]`, drawn as dots where given.
-        samples: the samples' names, for hover.
-        details: a line more for each row's hover.
-        title: above the figure.
-        subtitle: below the title.
-        unit: of the values, named on the axis.
+        heading: above the figure.
+        look: title and size in place of the figure's own.
 
     Raises:
         ArgumentError: where the lengths differ.
@@ -132,50 +142,46 @@ def intervals(
     Example:
         >>> import numpy as np
         >>> one = np.array([1.0, -2.0])
-        >>> len(intervals(["L0H0", "L0H1"], one, one - 0.5, one + 0.5).data)
+        >>> fig = intervals(["L0H0", "L0H1"], one, one - 0.5, one + 0.5, heading=Heading("two"))
+        >>> len(fig.data)
         1
     """
-    _aligned(labels, mean=mean, low=low, high=high, values=values, details=details)
-    places = np.arange(len(labels))
-    lines = [f"<br>{safe(line)}" for line in details] if details else [""] * len(labels)
+    _aligned(labels, mean=mean, low=low, high=high)
     hover = [
-        f"<b>{safe(label)}</b><br>mean {m:+.4f} {unit}<br>interval {a:+.4f} to {b:+.4f}{more}"
-        for label, m, a, b, more in zip(labels, mean, low, high, lines, strict=True)
+        f"<b>{safe(label)}</b><br>mean {m:+.4f} logits<br>interval {a:+.4f} to {b:+.4f}"
+        for label, m, a, b in zip(labels, mean, low, high, strict=True)
     ]
-    error = dict(
-        type="data",
-        symmetric=False,
-        array=high - mean,
-        arrayminus=mean - low,
-        width=3,
-        thickness=1.4,
-        color=NEUTRAL,
-    )
+    ends = dict(array=high - mean, arrayminus=mean - low, symmetric=False, type="data")
     bars = go.Bar(
         x=mean,
-        y=places,
+        y=np.arange(len(labels)),
         orientation="h",
         marker_color=signs(mean),
         width=0.7,
-        error_x=error,
+        error_x=dict(width=3, thickness=1.4, color=NEUTRAL, **ends),
         hovertext=hover,
         hoverinfo="text",
         showlegend=False,
         name="mean",
     )
     fig = go.Figure(bars)
-    if values is not None:
-        fig.add_traces(
-            dots(
-                labels,
-                values,
-                samples or [f"prompt {i}" for i in range(values.shape[1])],
-                unit=unit,
-            )
-        )
     fig.update_yaxes(ledger_axis(labels))
-    fig.update_xaxes(title_text=unit)
-    return styled(fig, title, subtitle, height=110 + 22 * len(labels))
+    fig.update_xaxes(title_text="logits")
+    return styled(fig, heading, look, Sizes(20 + 22 * len(labels)))
+
+
+def room_beside(ends: Sequence[float], fallen: Sequence[float], look: Look) -> tuple[float, float]:
+    """The ends of a horizontal axis, with room for the numbers beside the bars.
+
+    Args:
+        ends: where the bars begin and end.
+        fallen: the ends of those whose number stands on the left.
+        look: how wide the figure is; a phone's width where none is given. Seven characters need
+            50 pixels of what the names leave.
+    """
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    room = max(0.18, 50 / max(60, (look.width or 390) - 190)) * ((high - low) or 1.0)
+    return min([low - 0.3 * room, *(end - room for end in fallen)]), high + room
 
 
 def ledger_axis(labels: Sequence[str]) -> dict[str, Any]:
@@ -197,7 +203,6 @@ def dots(
     *,
     places: Sequence[int] | None = None,
     share: Float[np.ndarray, "row sample"] | None = None,
-    unit: str = "logits",
     **axes: str,
 ) -> list[go.Scatter]:
     """Every value of every row as a dot at the row's place on the vertical axis.
@@ -219,7 +224,7 @@ def dots(
             marker=dict(
                 size=size, color=DOT, opacity=opacity, line=dict(width=edge, color="#ffffff")
             ),
-            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} {unit}{of_logit}"
+            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} logits{of_logit}"
             f"<br>{in_template(sample)}<extra></extra>",
             name=f"sample {i}",
             showlegend=False,
@@ -229,109 +234,117 @@ def dots(
     ]
 
 
-def percent(share: float) -> str:
-    """A share of the logit; a dash where the logit is 0 or nothing is known."""
-    return f"{share:.1%} of the logit" if np.isfinite(share) else "–"
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Numbers with a named row and column for each line of them, the first row on top.
 
-
-def scatter(
-    coordinates: Float[np.ndarray, "token 2"],
-    labels: Sequence[str],
-    *,
-    groups: Sequence[str] | None = None,
-    axes: tuple[str, str] = ("first component", "second component"),
-    title: str = "",
-    subtitle: str = "",
-) -> go.Figure:
-    """Named points in a plane, one colour a group; both axes have the same scale.
-
-    Raises:
-        ArgumentError: where there is not one label (and group) for each point.
-    """
-    _aligned(labels, coordinates=coordinates, groups=groups)
-    named = list(groups) if groups is not None else [""] * len(labels)
-    fig = go.Figure()
-    for i, group in enumerate(dict.fromkeys(named)):
-        own = [j for j, name in enumerate(named) if name == group]
-        fig.add_trace(
-            go.Scatter(
-                x=coordinates[own, 0],
-                y=coordinates[own, 1],
-                mode="markers+text" if len(labels) <= 60 else "markers",
-                text=[safe(labels[j]) for j in own],
-                textposition="top center",
-                textfont_size=10,
-                marker=dict(size=8, color=PALETTE[i % len(PALETTE)]),
-                name=safe(group),
-                showlegend=groups is not None,
-                hovertemplate="<b>%{text}</b><br>%{x:.3f}, %{y:.3f}<extra></extra>",
-            )
-        )
-    fig.update_xaxes(title_text=axes[0])
-    fig.update_yaxes(title_text=axes[1], scaleanchor="x", scaleratio=1)
-    return styled(fig, title, subtitle, height=560)
-
-
-def table(
-    values: Float[np.ndarray, "row column"],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    where: Sequence[str] | None = None,
-    detail: Shaped[np.ndarray, "row column"] | None = None,
-    cells: Sequence[Sequence[str]] | None = None,
-    hover: str = "<b>%{y}</b><br>%{x}<br>%{z:+.4f}",
-    scale: Literal["diverging", "sequential"] = "diverging",
-    title: str = "",
-    subtitle: str = "",
-    unit: str = "logits",
-    cell_width: int = 46,
-) -> go.Figure:
-    """A heatmap with a named row and column for each line of `values`, the first row on top.
-
-    Args:
-        values: the colours, in `unit`; NaN leaves a cell empty.
+    Attributes:
+        values: the colours; NaN leaves a cell empty.
         rows: the names of the rows, all different.
         columns: the names of the columns; a line break in them is one.
-        where: the columns' names for hover, all different; `columns` where left out.
+        where: the columns' names for hover, all different.
+        cells: the text in each cell, shown where it fits.
         detail: what hover shows as `%{customdata}`.
-        cells: the text in each cell; left out where there are too many to read.
         hover: plotly's template for it, with `%{y}` the row and `%{x}` the column.
-        scale: `"diverging"` is centred on 0, `"sequential"` starts at it.
-        title: above the figure.
-        subtitle: below the title.
-        unit: of the values, named beside the colours.
-        cell_width: in pixels, where cells have text.
 
     Raises:
         ArgumentError: where there is not one name for each row and column.
     """
-    _aligned(rows, values=values, cells=cells)
-    _aligned(columns, values=values.T, where=where)
-    n_rows, n_columns = values.shape
-    worded = cells is not None and n_columns <= 48
+
+    values: Float[np.ndarray, "row column"]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    where: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    detail: Shaped[np.ndarray, "row column"]
+    hover: str
+
+    def __post_init__(self) -> None:
+        _aligned(self.rows, values=self.values, cells=self.cells)
+        _aligned(self.columns, values=self.values.T, where=self.where)
+
+
+@dataclass(frozen=True, eq=False)
+class Colours:
+    """How the numbers of a grid are coloured.
+
+    Attributes:
+        title: what they are, beside the colours.
+        scale: `"diverging"` is centred on 0, `"sequential"` starts at it.
+        largest: where the colours end; at the largest number by default.
+        options: plotly's own, of the colour bar.
+        strong_is_low: whether 0 has the strongest colour of a sequential scale.
+    """
+
+    title: str = "logits"
+    scale: Literal["diverging", "sequential"] = "diverging"
+    largest: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    strong_is_low: bool = False
+
+    def axis(self, values: Float[np.ndarray, "..."], **bar: Any) -> dict[str, Any]:
+        """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not."""
+        finite = np.abs(values[np.isfinite(values)])
+        largest = self.largest or (float(finite.max()) if finite.size else 0.0) or 1.0
+        words = dict(text=self.title, side="right", font=dict(size=12))
+        return dict(
+            colorscale=SCALES[self.scale]["light"],
+            reversescale=self.strong_is_low,
+            cmin=-largest if self.scale == "diverging" else 0.0,
+            cmax=largest,
+            colorbar={"title": words, "thickness": 10, "outlinewidth": 0, **self.options, **bar},
+        )
+
+
+LOGITS = Colours()
+
+
+def table(
+    grid: Grid,
+    heading: Heading,
+    look: Look,
+    colours: Colours = LOGITS,
+    cell_width: int = 46,
+) -> go.Figure:
+    """A heatmap of the grid, with text in its cells where there is room for it, or no width given.
+
+    Args:
+        grid: what is drawn.
+        heading: above it.
+        look: title and size in place of the figure's own.
+        colours: of the cells.
+        cell_width: what a cell's text needs, in pixels.
+    """
+    n_rows, n_columns = grid.values.shape
+    margin = 130 if look.narrow else 170
+    wanted = margin + cell_width * n_columns
+    worded = n_columns <= 48 and (look.width is None or look.width >= wanted)
     height = 22 if n_rows <= 140 else max(8, 2400 // n_rows)
-    keys = [safe(key) for key in (where or columns)]
-    names = [safe(row) for row in rows]
+    keys, names = [safe(key) for key in grid.where], [safe(row) for row in grid.rows]
+    fixed = INK["light"] if colours.scale == "sequential" else None
     fig = go.Figure(
         go.Heatmap(
-            z=values,
+            z=grid.values,
             x=keys,
             y=names,
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            text=[[safe(cell) for cell in line] for line in cells] if cells and worded else None,
+            text=[[safe(cell) for cell in line] for line in grid.cells] if worded else None,
             texttemplate="%{text}" if worded else None,
-            textfont=dict(size=10, color=INK["light"] if scale == "sequential" else None),
-            customdata=detail,
-            hovertemplate=f"{hover}<extra></extra>",
+            textfont=dict(size=10, color=fixed),
+            customdata=grid.detail,
+            hovertemplate=f"{grid.hover}<extra></extra>",
         )
     )
+    if worded and look.width is None:
+        look = replace(look, width=max(760, wanted))
     # A tick for as many names as fit, so that they never overlap.
+    cell = (look.room - margin) / n_columns
     tall = range(0, n_rows, -(-14 // height))
-    wide = range(0, n_columns, -(-n_columns // 60))
+    wide = range(0, n_columns, max(1, math.ceil(13 / cell)))
+    level = cell >= 62
     fig.update_yaxes(
         tickmode="array",
         tickvals=[names[i] for i in tall],
@@ -342,16 +355,15 @@ def table(
     fig.update_xaxes(
         tickmode="array",
         tickvals=[keys[i] for i in wide],
-        ticktext=["<br>".join(map(safe, columns[i].split("\n"))) for i in wide],
+        ticktext=["<br>".join(map(safe, grid.columns[i].split("\n"))) for i in wide],
         side="top",
-        tickangle=-45 if n_columns > 5 else 0,
+        tickangle=0 if level else -60,
         showgrid=False,
         zeroline=False,
     )
-    above = 152 if n_columns > 5 else 120
-    total = above + 20 + height * n_rows
     bar = dict(lenmode="pixels", len=min(220, height * n_rows), y=1, yanchor="top")
-    fig.update_layout(coloraxis=colour_axis(values, scale, unit, **bar), meta=scale)
-    wanted = max(760, 170 + cell_width * n_columns)
-    styled(fig, title, subtitle, height=total, width=wanted if worded else None)
-    return fig.update_layout(margin_t=above)
+    fig.update_layout(
+        coloraxis=colours.axis(grid.values, **bar),
+        meta=dict(scale=colours.scale, least=(look.width if worded else 330)),
+    )
+    return styled(fig, heading, look, Sizes(height * n_rows, 44 if level else 84, 20))

@@ -1,129 +1,111 @@
-"""The figure of a `head` result: layer × head, and every other row beside its layer."""
+"""The figure of `head` rows: layer × head, and every other row beside its layer or below."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts
-from tl_dla.figures.charts import in_template, safe
-from tl_dla.figures.view import View, bars, headings, read
+from tl_dla.figures import charts, theme
+from tl_dla.figures.bars import Bars, bars
+from tl_dla.figures.charts import LOGITS, PLAIN, Heading, Look, Sizes
+from tl_dla.figures.text import in_template, number, percent, safe
+from tl_dla.figures.view import View, headings, largest
 
-if TYPE_CHECKING:
-    from tl_dla.core.result import DirectLogitAttribution
+_ROW, _GAP = 20, 74  # pixels: of a ledger's row, and between what is drawn
+_CELL = 36  # pixels that a number in a cell needs
 
 
-def heads(
-    result: "DirectLogitAttribution",
-    *,
-    prompt: int | None = None,
-    candidate: str | int | None = None,
-    k: int = 10,
-) -> go.Figure:
+@dataclass(frozen=True)
+class _Ledger:
+    """Named rows below the map: its place on the page, its heading, and its own axes."""
+
+    heading: str
+    rows: Bars
+    axis: int
+    neutral: int | None = None  # the row that is a total
+
+
+def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
     """Layer × head, coloured from red to blue about 0, and every other row beside its layer.
 
-    What belongs to no layer stands above the first one (embeddings) and below the last (biases).
-    Several prompts: the colours and bars are means, the dots are the prompts, and the `k` heads
-    farthest from 0 are drawn below with a dot for each prompt.
+    What belongs to no layer (embeddings, biases) stands below, with the model's own logit. Several
+    prompts: the colours and bars are means, the dots are the prompts, and the `k` heads farthest
+    from 0 are drawn below with a dot for each prompt.
 
     Raises:
-        ArgumentError: for a result without head rows, or more heads than there are.
+        ArgumentError: for a view without head rows, or k < 1.
     """
-    view = read(result, prompt, candidate)
-    values, _ = view.only()
-    grid = head_grid(result, values.mean(1))
-    beside = _beside(result, len(grid))
-    several = values.shape[1] > 1
-    columns = list(dict.fromkeys(column for _, column, _ in beside)) or ["other rows"]
-    above = -min([0, *(place for _, _, place in beside)])
-    n_rows = above + max([len(grid), *(place + 1 for _, _, place in beside)])
-    pixels = n_rows * max(14, min(26, 700 // n_rows))
-    strip = 80 + 22 * k if several else 0
-    bottom = strip / (pixels + strip)
+    values, logit = view.only()
+    grid = head_grid(view, values.mean(1))
+    beside = _beside(view)
+    fig = go.Figure(_heatmap(grid, view))
+    ledgers = [_outside(view)]
+    if values.shape[1] > 1:
+        ledgers.append(_top_heads(view, k))
 
-    fig = go.Figure(_heatmap(grid, result, view))
-    split = 0.72 - 0.1 * (len(columns) - 1)
-    width = (1 - split) / len(columns)
-    shared = dict(tickmode="linear", showgrid=False, zeroline=False)
-    step = -(-grid.shape[1] // 32)
+    pixels = len(grid) * max(14, min(26, 700 // len(grid)))
+    heights = [pixels, *(_ROW * len(one.rows.labels) for one in ledgers)]
+    body = sum(heights) + _GAP * len(ledgers)
+    ends = 1 - np.cumsum([0, *(height + _GAP for height in heights)]) / body
+    split = _add_map(fig, grid, look, len(beside), 1 - pixels / body)
+    if (look.room - 150) * split / grid.shape[1] >= _CELL:
+        words = [["" if np.isnan(x) else number(x)[:6] for x in line] for line in grid]
+        fig.data[0].update(text=words, texttemplate="%{text}", textfont=dict(size=9))
     fig.update_layout(
-        xaxis=dict(domain=[0, split - 0.02], side="top", dtick=step, **shared),
-        yaxis=dict(
-            domain=[bottom, 1],
-            range=[n_rows - above - 0.5, -above - 0.5],
-            tickmode="array",
-            tickvals=list(range(0, len(grid), -(-14 * n_rows // pixels))),
-            title_text="layer",
-            showgrid=False,
-            zeroline=False,
-        ),
-        coloraxis=charts.colour_axis(
+        coloraxis=LOGITS.axis(
             grid, x=1.01, y=1, yanchor="top", lenmode="pixels", len=min(220, pixels)
-        ),
-        meta="diverging",
+        )
+        | dict(showscale=not look.narrow),  # signs are red and blue, values in the hover
+        meta=dict(scale="diverging", least=520),
         barmode="overlay",
     )
-    fig.add_annotation(_heading("head", (split - 0.02) / 2))
-    for i, column in enumerate(columns):
-        own = [(row, place) for row, name, place in beside if name == column]
+    width = (1 - split) / max(1, len(beside))
+    for i, (column, rows) in enumerate(beside.items()):
         left = split + i * width
-        x = f"x{i + 2}"
-        side = dict(domain=[left + 0.015, left + width], anchor="y", matches="x2", nticks=4)
-        fig.update_layout({f"xaxis{i + 2}": side | dict(zeroline=True, side="bottom")})
-        fig.add_annotation(_heading(column, left + 0.015 + (width - 0.015) / 2))
-        _add_beside(fig, result, view, own, x)
-    for row, _, place in beside:
-        if result.layers[row] is None:
-            fig.add_annotation(
-                text=safe(result.labels[row]),
-                x=split - 0.005,
-                xref="paper",
-                xanchor="right",
-                y=place,
-                yref="y",
-                showarrow=False,
-                font_size=11,
-            )
-    if several:
-        _add_top_heads(fig, result, view, k, bottom, strip)
-    title, subtitle = headings(result, "What wrote the logit of", view)
-    charts.styled(fig, title, subtitle, height=170 + pixels + strip)
-    return fig.update_layout(margin_t=130)
+        side = dict(domain=[left + 0.015, left + width], anchor="y", matches="x2", zeroline=True)
+        ticks = 2 if look.narrow else 4
+        fig.update_layout({f"xaxis{i + 2}": side | dict(nticks=ticks, side="bottom")})
+        fig.add_annotation(_heading(column, left + 0.015, look))
+        places = [view.layers[row] or 0 for row in rows]
+        for trace in bars(Bars.of(view, rows), view.names, places=places, xaxis=f"x{i + 2}"):
+            fig.add_trace(trace)
+    for one, height, end in zip(ledgers, heights[1:], ends[1:], strict=False):
+        _add_ledger(fig, one, view, look, (max(0.0, float(end) - height / body), float(end)))
+    heading = Heading(*headings("What wrote the logit of", view))
+    return charts.styled(fig, heading, look, Sizes(body, 56 if look.narrow else 46))
 
 
-def head_grid(
-    result: "DirectLogitAttribution", values: Float[np.ndarray, " row"]
-) -> Float[np.ndarray, "layer head"]:
+def head_grid(view: View, values: Float[np.ndarray, " row"]) -> Float[np.ndarray, "layer head"]:
     """Head rows by layer and head; NaN where a layer has no such head."""
     places = [
         (row, int(match[1]), int(match[2]))
-        for row, label in enumerate(result.labels)
+        for row, label in enumerate(view.labels)
         if (match := re.fullmatch(r"L(\d+)H(\d+)", label))
     ]
     if not places:
         raise ArgumentError(
-            f'A unit="{result.unit}" result has no head rows to draw: attribute with unit="head".'
+            f'A unit="{view.unit}" result has no head rows to draw: attribute with unit="head".'
         )
     rows, layers, heads = np.array(places).T
-    grid = np.full((result.plan.reader.n_layers, heads.max() + 1), np.nan)
+    n_layers = 1 + max(layer for layer in view.layers if layer is not None)
+    grid = np.full((n_layers, heads.max() + 1), np.nan)
     grid[layers, heads] = values[rows]
     return grid
 
 
-def _heatmap(
-    grid: Float[np.ndarray, "layer head"], result: "DirectLogitAttribution", view: View
-) -> go.Heatmap:
+def _heatmap(grid: Float[np.ndarray, "layer head"], view: View) -> go.Heatmap:
     """The cells, with each head's share of the logit, or its range over prompts, in hover."""
     values, _ = view.only()
     if values.shape[1] == 1:
-        share = head_grid(result, view.share[:, 0, 0])
-        data = np.vectorize(charts.percent)(share)
-        hover = f"%{{z:+.4f}} logits (%{{customdata}})<br>{in_template(view.samples[0])}"
+        data = np.vectorize(percent)(head_grid(view, view.share[:, 0, 0]))
+        hover = f"%{{z:+.4f}} logits (%{{customdata}})<br>{in_template(view.names[0])}"
     else:
-        low, high = head_grid(result, values.min(1)), head_grid(result, values.max(1))
+        low, high = head_grid(view, values.min(1)), head_grid(view, values.max(1))
         data = np.vectorize(lambda a, b: f"{a:+.4f} to {b:+.4f}")(low, high)
         hover = f"mean %{{z:+.4f}} logits<br>from %{{customdata}} over {values.shape[1]}"
     return go.Heatmap(
@@ -137,74 +119,100 @@ def _heatmap(
     )
 
 
-def _beside(result: "DirectLogitAttribution", n_layers: int) -> list[tuple[int, str, int]]:
-    """Every other row as (row, column, place).
-
-    The rows of a layer have a column for each kind of row; the others stand in the last column,
-    above the layers or below them.
-    """
-    others = [row for row, kind in enumerate(result.kinds) if kind != "head"]
-    of_layer = [row for row in others if result.layers[row] is not None]
-    found = [
-        (row, result.labels[row].partition("_")[2] or result.labels[row], result.layers[row] or 0)
-        for row in of_layer
-    ]
-    last = found[-1][1] if found else "other rows"
-    free = [row for row in others if result.layers[row] is None]
-    top = [row for row in free if not of_layer or row < of_layer[0]]
-    top = [row for row in top if result.kinds[row] != "bias"]
-    found += [(row, last, i - len(top)) for i, row in enumerate(top)]
-    below = [row for row in free if row not in top]
-    return found + [(row, last, n_layers + i) for i, row in enumerate(below)]
+def _beside(view: View) -> dict[str, list[int]]:
+    """The other rows of layers, a column for each kind of row (`mlp_out`, `attn_bias`)."""
+    columns: dict[str, list[int]] = {}
+    for row, label in enumerate(view.labels):
+        if view.kinds[row] != "head" and view.layers[row] is not None:
+            columns.setdefault(label.partition("_")[2] or label, []).append(row)
+    return columns
 
 
-def _heading(text: str, x: float) -> dict[str, Any]:
+def _outside(view: View) -> _Ledger:
+    """The rows of no layer, and the model's own logit."""
+    rows = [row for row, layer in enumerate(view.layers) if layer is None]
+    own, logit = Bars.of(view, rows), view.logit[None, :, 0]
+    total = Bars(
+        [*own.labels, view.words.logit],
+        np.vstack([own.values, logit]),
+        np.vstack([own.share, np.where(logit == 0, np.nan, 1.0)]),
+    )
+    return _Ledger("embeddings, biases, and the total", total, 8, neutral=len(rows))
+
+
+def _top_heads(view: View, k: int) -> _Ledger:
+    """The k heads farthest from 0 on average; all of fewer."""
+    rows = view.rows("head")
+    values, _ = view.only()
+    top = [rows[i] for i in largest(values[rows].mean(1, keepdims=True), k)]
+    return _Ledger(f"the {len(top)} heads farthest from 0 on average", Bars.of(view, top), 9)
+
+
+def _add_map(
+    fig: go.Figure, grid: Float[np.ndarray, "layer head"], look: Look, n_columns: int, bottom: float
+) -> float:
+    """The axes of the map; returns where it ends and what stands beside it begins."""
+    n_layers, n_heads = grid.shape
+    split = (0.8 - 0.14 * n_columns) if n_columns else 1.0
+    split = max(0.4, split)
+    shared = dict(showgrid=False, zeroline=False)
+    step = -(-n_heads // max(4, int((look.room - 150) * split / 20)))
+    fig.update_layout(
+        xaxis=dict(domain=[0, split - 0.01], side="top", tickmode="linear", dtick=step, **shared),
+        yaxis=dict(
+            domain=[bottom, 1],
+            range=[n_layers - 0.5, -0.5],
+            tickmode="array",
+            tickvals=list(range(0, n_layers, 1 + (n_layers > 50))),
+            title_text="layer",
+            **shared,
+        ),
+    )
+    fig.add_annotation(_heading("head", 0.0, look))
+    return split
+
+
+def _add_ledger(
+    fig: go.Figure, one: _Ledger, view: View, look: Look, domain: Sequence[float]
+) -> None:
+    """Named rows with their bars and, for several prompts, dots."""
+    x, y = f"x{one.axis}", f"y{one.axis}"
+    traces = bars(one.rows, view.names, xaxis=x, yaxis=y)
+    colours = list(traces[0].marker.color)
+    if one.neutral is not None:
+        colours[one.neutral] = theme.NEUTRAL
+    traces[0].marker.color = colours
+    axis = dict(domain=[0, 1], anchor=y, title_text="logits", zeroline=True)
+    if len(view.samples) == 1:
+        ends = one.rows.values[:, 0].tolist()
+        axis["range"] = charts.room_beside(ends, [end for end in ends if end < 0], look)
+        words = dict(textposition="outside", textfont_size=10, cliponaxis=False)
+        traces[0].update(text=[number(end) for end in ends], **words)
+    fig.add_traces(traces)
+    fig.add_annotation(
+        _heading(one.heading, 0.0, PLAIN) | dict(y=domain[1], yshift=4, xanchor="left")
+    )
+    fig.update_layout(
+        {
+            f"xaxis{one.axis}": axis,
+            f"yaxis{one.axis}": charts.ledger_axis(one.rows.labels)
+            | dict(domain=list(domain), anchor=x),
+        }
+    )
+
+
+def _heading(text: str, x: float, look: Look) -> dict[str, Any]:
+    """A heading above the map, from x on; slanted where headings stand close together."""
     return dict(
         text=f"<b>{safe(text)}</b>",
         x=x,
         y=1,
-        yshift=26,
+        yshift=20,
         xref="paper",
         yref="paper",
-        xanchor="center",
+        xanchor="left",
         yanchor="bottom",
+        textangle=-25 if look.narrow and x else 0,
         showarrow=False,
         font_size=11,
-    )
-
-
-def _add_beside(
-    fig: go.Figure,
-    result: "DirectLogitAttribution",
-    view: View,
-    rows: list[tuple[int, int]],
-    x: str,
-) -> None:
-    """Bars for these rows, beside the layers."""
-    values, _ = view.only()
-    own, places = [row for row, _ in rows], [place for _, place in rows]
-    labels = [result.labels[row] for row in own]
-    for trace in bars(labels, values[own], view, view.share[own, :, 0], places=places, xaxis=x):
-        fig.add_trace(trace)
-
-
-def _add_top_heads(
-    fig: go.Figure, result: "DirectLogitAttribution", view: View, k: int, bottom: float, strip: int
-) -> None:
-    """The k heads farthest from 0 on average, with every prompt."""
-    values, _ = view.only()
-    rows = [row for row, kind in enumerate(result.kinds) if kind == "head"]
-    if not 1 <= k <= len(rows):
-        raise ArgumentError(f"k must be 1 to the number of heads, {len(rows)}; {k} was given.")
-    top = sorted(rows, key=lambda row: -abs(values[row].mean()))[:k]
-    labels = [result.labels[row] for row in top]
-    share = view.share[top, :, 0]
-    for trace in bars(labels, values[top], view, share, xaxis="x9", yaxis="y9"):
-        fig.add_trace(trace)
-    height = bottom * (1 - 70 / strip)
-    words = f"the {k} heads farthest from 0 on average"
-    fig.add_annotation(_heading(words, 0.0) | dict(xanchor="left", y=height, yshift=4))
-    fig.update_layout(
-        xaxis9=dict(domain=[0, 1], anchor="y9", title_text="logits", zeroline=True),
-        yaxis9=charts.ledger_axis(labels) | dict(domain=[0, height], anchor="x9"),
     )

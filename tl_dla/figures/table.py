@@ -1,121 +1,233 @@
-"""A result as a small HTML table with bars: what a notebook shows, and a report's numbers."""
+"""The rows that matter as a table: for a terminal's text, a notebook or a page, and rich.
 
+`table` is the one place that decides which rows are shown, in which order, and what is added up;
+`text`, `html` and `rich_table` write that down.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from tl_dla.figures import charts, theme
-from tl_dla.figures.charts import number
-from tl_dla.figures.view import View, certificate, fold, logit_name, read, through
+from tl_dla.figures import theme
+from tl_dla.figures.text import number
+from tl_dla.figures.view import View, largest, smaller, spread
 
 if TYPE_CHECKING:
-    from tl_dla.core.result import DirectLogitAttribution
+    from rich.table import Table as RichTable
 
 _WIDTH, _HEIGHT = 150, 16
 _CELL = "padding:1px 10px;text-align:right;white-space:nowrap;border:0;background:none"
 _MOST_CANDIDATES = 6
+_PARTS = ("row", "rest")  # what has a bar: totals are larger, and would leave none for the rows
 _MOST_DOTS = 24  # more prompts are drawn as their range
 
 
-def notebook_html(result: "DirectLogitAttribution", k: int = 12) -> str:
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A row, the sum of those left out, the sum of all, or the model's own logit."""
+
+    label: str
+    values: Float[np.ndarray, "sample candidate"]
+    role: Literal["row", "rest", "sum", "logit"] = "row"
+
+    @property
+    def mean(self) -> Float[np.ndarray, " candidate"]:
+        """Over prompts and positions: the number that is shown."""
+        return self.values.mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Lines in the order shown, what they are, and the candidates that have a column."""
+
+    lines: list[Line]
+    caption: str
+    candidates: list[str]
+    hidden: int  # candidates that have none
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of the rows' values, for bars of one scale."""
+        shown = [line.values for line in self.lines if line.role in _PARTS]
+        return max(float(np.abs(values).max()) for values in shown) or 1.0
+
+    @property
+    def share(self) -> Float[np.ndarray, " line"] | None:
+        """Each line's share of the logit, where each has one value."""
+        values = np.stack([line.values for line in self.lines])
+        if values[0].size > 1 or not values[-1]:
+            return None
+        return values[:, 0, 0] / values[-1, 0, 0]
+
+
+def table(view: View, k: int | None = 12) -> Table:
+    """The k rows that matter, the largest first, the sum of the others, of all, and the logit.
+
+    All rows in their order for k=None. The readings of a stream (`unit="layer"`) are in the order
+    of depth, evenly thinned where they are many; they do not add up: the last of them and the
+    biases do.
+    """
+    count = min(len(view.candidates), _MOST_CANDIDATES)
+    values, labels = view.values[..., :count], view.labels
+    rows = list(range(len(labels)))
+    added = rows
+    if view.unit == "layer":
+        points, biases = view.rows("residual"), view.rows("bias")
+        step = 1 if k is None else -(-len(points) // (2 * k + 2))
+        rows, added = sorted(points[::-step]) + biases, [points[-1], *biases]
+    elif k is not None:
+        rows = list(largest(values.mean(1), k if len(rows) > k + 1 else len(rows)))
+    lines = [Line(labels[row], values[row]) for row in rows]
+    rest = sorted(set(added) - set(rows))
+    if rest:
+        lines.append(Line(smaller(len(rest)), values[rest].sum(0), "rest"))
+    whole = "all rows"
+    if view.unit == "layer":
+        whole = f"{labels[added[0]]} and the biases" if len(added) > 1 else labels[added[0]]
+    lines.append(Line(whole, values[added].sum(0), "sum"))
+    lines.append(Line(view.words.logit, view.logit[:, :count], "logit"))
+    named = view.candidates[:count] if view.over_candidates else []
+    return Table(lines, _caption(view, len(rows), k), named, len(view.candidates) - count)
+
+
+def _caption(view: View, shown: int, k: int | None) -> str:
+    """Which rows the lines are, and what their numbers."""
+    total = len(view.labels)
+    which = f"the {shown} largest of {total} rows" if shown < total else f"all {total} rows"
+    if view.unit == "layer":
+        which = f"{shown} of {total} rows" if shown < total else which
+        which += " in the order of the stream"
+    over = ["prompts"] * (view.n_prompts > 1) + ["positions"] * view.several_positions
+    mean = f", mean over {' and '.join(over)}" if over else ""
+    return f"{which} (logits{mean})"
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+def text(table: Table) -> str:
+    """The table in plain text, a column for each candidate."""
+    width = max(len(line.label) for line in table.lines)
+    lines = [f"  {table.caption}:"]
+    columns = [max(9, len(repr(name))) for name in table.candidates] or [9]
+    if table.candidates:
+        names = [f"{name!r:>{w}}" for name, w in zip(table.candidates, columns, strict=True)]
+        more = f"  and {table.hidden} more candidates" * bool(table.hidden)
+        lines.append(f"  {'':>{width}}  {'  '.join(names)}{more}")
+    for line in table.lines:
+        cells = [f"{value:+{w}.4f}" for value, w in zip(line.mean, columns, strict=True)]
+        lines.append(f"  {line.label:>{width}}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+# ---- a terminal --------------------------------------------------------------------------------
+
+
+def rich_table(
+    table: Table, names: Sequence[str] | None = None, bar_width: int = 32
+) -> "RichTable":
+    """The table with bars from a common 0, for rich; one number and bar a candidate.
+
+    Args:
+        table: what is shown.
+        names: of the lines, in place of their labels.
+        bar_width: in characters.
+    """
+    from rich.bar import Bar
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=None, pad_edge=False)
+    drawn.add_column("row", justify="right", no_wrap=True)
+    for name in table.candidates or ["logits"]:
+        drawn.add_column(Text(repr(name) if table.candidates else name), justify="right")
+        drawn.add_column("")
+    styles = {"rest": "dim", "sum": "bold", "logit": "bold"}
+    means = np.stack([line.mean for line in table.lines if line.role in _PARTS])
+    low, high = min(0.0, float(means.min())), max(0.0, float(means.max()))
+    for line, name in zip(table.lines, names or [x.label for x in table.lines], strict=True):
+        cells: list[Text | Bar] = [Text(name)]
+        for value in line.mean.tolist():
+            begin, end = min(value, 0.0) - low, max(value, 0.0) - low
+            bar = Bar((high - low) or 1.0, begin, end, width=bar_width, color=_colour(value))
+            cells += [Text(f"{value:+.4f}"), bar if line.role in _PARTS else Text("")]
+        drawn.add_row(*cells, style=styles.get(line.role))
+    return drawn
+
+
+def _colour(value: float) -> str:
+    return "blue" if value > 0 else "red"
+
+
+# ---- a notebook, and a page --------------------------------------------------------------------
+
+
+def notebook_html(view: View, k: int = 12) -> str:
     """The table, what is attributed above it and the certificate below."""
-    view = read(result)
+    drawn = "" if len(view.samples) == 1 else f"; {_drawn(view)}"
+    place = view.names[0] if len(view.samples) == 1 else f"{view.n_prompts} prompts"
+    shown = table(view, k)
     return (
         '<div style="font-family:system-ui,sans-serif;font-size:13px;line-height:1.5">'
-        f"<div><b>{escape(result.target + through(result))}</b> by {escape(result.unit)}"
-        f'<span style="opacity:.7"> · {escape(_over(view))}</span></div>'
-        f"{table_html(result, k)}<div>{certificate(result)}</div></div>"
+        f"<div><b>{escape(view.words.target)}</b> by {escape(view.unit)}"
+        f'<span style="opacity:.7"> · {escape(place)}</span></div>'
+        f'<div style="opacity:.7">{escape(shown.caption + drawn)}</div>{html(shown)}'
+        f"<div>{escape(view.words.certificate, quote=False)}</div></div>"
     )
 
 
-def _over(view: View) -> str:
-    if len(view.samples) == 1:
-        return view.samples[0]
-    n_prompts = len(set(view.prompt_of))
-    places = "" if n_prompts == len(view.samples) else f"{len(view.samples)} positions of "
-    prompts = f"{n_prompts} prompts" if n_prompts > 1 else "one prompt"
-    drawn = "each a dot" if len(view.samples) <= _MOST_DOTS else "and their range"
-    return f"mean over {places}{prompts}, {drawn}"
+def _drawn(view: View) -> str:
+    return "each a dot" if len(view.samples) <= _MOST_DOTS else "and their range"
 
 
-def table_html(result: "DirectLogitAttribution", k: int | None = 12) -> str:
-    """The k rows of largest mean magnitude, then the sum of the others and the model's own logit.
-
-    All rows in their order for k=None. One bar and number a candidate; the number is the mean
-    where there are several prompts, whose values are the dots, or whose range is the line.
-    """
-    view = read(result)
-    shown = min(len(view.candidates), _MOST_CANDIDATES)
-    labels, values = list(result.labels), view.values
-    if k is not None:
-        labels, values = _largest(result, view, k)
-    own = view.logit[None]
-    rows = [
-        _row(label, row, view, values, shown) for label, row in zip(labels, values, strict=True)
-    ]
-    rows.append(_row(logit_name(result), own[0], view, own, shown, total=True))
+def html(table: Table) -> str:
+    """The table with a bar and a number a candidate; several values are dots, or their range."""
     head = ""
-    if view.candidates != [""]:
+    if table.candidates:
         names = "".join(
-            f'<th colspan="2" style="{_CELL}">{escape(repr(name))}</th>'
-            for name in view.candidates[:shown]
+            f'<th scope="col" colspan="2" style="{_CELL}">{escape(repr(name))}</th>'
+            for name in table.candidates
         )
-        hidden = len(view.candidates) - shown
-        more = f'<th style="{_CELL}">and {hidden} more candidates</th>' if hidden else ""
-        head = f'<tr><th style="{_CELL}"></th>{names}{more}</tr>'
+        more = f'<th style="{_CELL}">and {table.hidden} more candidates</th>' * bool(table.hidden)
+        head = f'<thead><tr><td style="{_CELL}"></td>{names}{more}</tr></thead>'
+    share = table.share
+    lines = "".join(
+        _row(line, table.largest, None if share is None else float(share[i]))
+        for i, line in enumerate(table.lines)
+    )
     style = "border-collapse:collapse;margin:4px 0;font-size:13px;color:inherit"
-    return f'<table style="{style}">{head}{"".join(rows)}</table>'
+    return f'<table style="{style}">{head}<tbody>{lines}</tbody></table>'
 
 
-def _largest(
-    result: "DirectLogitAttribution", view: View, k: int
-) -> tuple[list[str], Float[np.ndarray, "shown sample candidate"]]:
-    """The largest rows first, then the sum of the others.
-
-    The readings of a stream are no parts of a sum: there the others are left out.
-    """
-    n_rows, *rest = view.values.shape
-    labels, values = fold(result.labels, view.values.reshape(n_rows, -1), k)
-    values = values.reshape(-1, *rest)
-    folded = len(labels) < n_rows
-    n_named = len(labels) - folded
-    order = list(np.argsort(-np.abs(values[:n_named]).mean((1, 2)), kind="stable"))
-    if folded and result.unit != "layer":
-        order.append(n_named)
-    return [labels[i] for i in order], values[order]
-
-
-def _row(
-    label: str,
-    row: Float[np.ndarray, "sample candidate"],
-    view: View,
-    scale_of: Float[np.ndarray, "row sample candidate"],
-    shown: int,
-    total: bool = False,
-) -> str:
+def _row(line: Line, largest: float, share: float | None) -> str:
     """A line of the table: a bar, a number and, for one value, its share of the logit."""
-    largest = float(np.abs(scale_of).max()) or 1.0
+    total = line.role not in _PARTS
     cells = []
-    for c in range(shown):
-        mean = float(row[:, c].mean())
-        colour = theme.NEUTRAL if total else theme.POSITIVE if mean >= 0 else theme.NEGATIVE
-        cells.append(f'<td style="{_CELL}">{_bar(row[:, c], largest, colour)}</td>')
+    for values, mean in zip(line.values.T, line.mean.tolist(), strict=True):
+        bar = "" if total else _bar(values, largest)
+        cells.append(f'<td style="{_CELL}">{bar}</td>')
         cells.append(f'<td style="{_CELL};font-variant-numeric:tabular-nums">{number(mean)}</td>')
-    if len(view.samples) == 1 and shown == 1 and not total:
-        share = row[0, 0] / view.logit[0, 0] if view.logit[0, 0] else np.nan
-        words = f"{share:.0%}" if np.isfinite(share) else "–"
-        cells.append(f'<td style="{_CELL};opacity:.65">{words.replace("-", "−")}</td>')
-    weight = "font-weight:600;border-top:1px solid rgba(128,128,128,.4)" if total else ""
-    name = f'<td style="{_CELL};font-family:ui-monospace,monospace">{escape(label)}</td>'
-    return f'<tr style="{weight}">{name}{"".join(cells)}</tr>'
+    if share is not None and not total:
+        words = f"{share:.0%}".replace("-", "−")
+        cells.append(f'<td style="{_CELL};opacity:.65">{words}</td>')
+    weight = "font-weight:600" if total else "font-weight:400"
+    name = (
+        f'<th scope="row" style="{_CELL};{weight};font-family:ui-monospace,monospace">'
+        f"{escape(line.label)}</th>"
+    )
+    rule = ";border-top:1px solid rgba(128,128,128,.4)" if line.role == "sum" else ""
+    return f'<tr style="{weight}{rule}">{name}{"".join(cells)}</tr>'
 
 
-def _bar(values: Float[np.ndarray, " sample"], largest: float, colour: str) -> str:
+def _bar(values: Float[np.ndarray, " sample"], largest: float) -> str:
     """A bar from 0, in the middle, to the mean; several values as dots, or as their range."""
     middle, mean = _WIDTH / 2, float(values.mean())
     reach = (_WIDTH / 2 - 4) / largest
+    colour = theme.POSITIVE if mean >= 0 else theme.NEGATIVE
     x, width = min(middle, middle + mean * reach), abs(mean) * reach
     dots = ""
     if len(values) > _MOST_DOTS:
@@ -126,15 +238,15 @@ def _bar(values: Float[np.ndarray, " sample"], largest: float, colour: str) -> s
             f" {number(values.max())}</title></line>"
         )
     elif len(values) > 1:
-        places = charts.spread(_HEIGHT / 2, len(values), _HEIGHT / 2)
+        places = spread(_HEIGHT / 2, len(values), _HEIGHT / 2)
         dots = "".join(
             f'<circle cx="{middle + v * reach:.1f}" cy="{y:.1f}" r="1.8" fill="{theme.DOT}"'
             ' stroke="#fff" stroke-width=".6"/>'
             for v, y in zip(values, places, strict=True)
         )
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" style="vertical-align:middle">'
-        f'<rect class="bar" x="{x:.2f}" y="3" width="{width:.2f}" height="{_HEIGHT - 6}"'
-        f' fill="{colour}"/><line x1="{middle}" x2="{middle}" y1="0" y2="{_HEIGHT}"'
-        f' stroke="currentColor" stroke-opacity=".35"/>{dots}</svg>'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{number(mean)} logits"'
+        f' style="vertical-align:middle"><rect class="bar" x="{x:.2f}" y="3" width="{width:.2f}"'
+        f' height="{_HEIGHT - 6}" fill="{colour}"/><line x1="{middle}" x2="{middle}" y1="0"'
+        f' y2="{_HEIGHT}" stroke="currentColor" stroke-opacity=".35"/>{dots}</svg>'
     )

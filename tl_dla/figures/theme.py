@@ -3,13 +3,15 @@
 Blue is positive, red is negative, and both stay apart for the colour-blind (ColorBrewer's RdBu).
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import plotly.graph_objects as go
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 POSITIVE, NEGATIVE, NEUTRAL = "#3a7abf", "#cb5a3c", "#868c96"
 DOT = "#5f6672"
-PALETTE = [POSITIVE, NEGATIVE, "#5a9a68", "#8a63a8", "#b58a2b", "#4a9aa5", NEUTRAL]
+# Okabe and Ito's colours, which stay apart in every kind of colour blindness, without the yellow.
+PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", NEUTRAL]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK = {"light": "#23272e", "dark": "#dfe3ea"}
 GRID = {"light": "#e7e9ed", "dark": "#2e333b"}
@@ -27,8 +29,10 @@ SCALES: dict[str, dict[str, list[str]]] = {
 Theme = Literal["light", "dark"]
 
 
-def template(theme: Theme = "light") -> go.layout.Template:
+def template(theme: Theme = "light") -> "go.layout.Template":
     """The look of every figure: thin grid lines, no boxes, one font."""
+    import plotly.graph_objects as go
+
     axis = dict(
         gridcolor=GRID[theme],
         linecolor=GRID[theme],
@@ -54,7 +58,8 @@ def template(theme: Theme = "light") -> go.layout.Template:
             bgcolor="rgba(0,0,0,0)",
             color=NEUTRAL,
             activecolor=INK[theme],
-            remove=["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+            # The last one would send the figure to a web site.
+            remove="select2d lasso2d zoomIn2d zoomOut2d autoScale2d sendChartToCloud".split(),
         ),
     )
     return go.layout.Template(layout=layout)

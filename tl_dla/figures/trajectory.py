@@ -1,6 +1,7 @@
-"""The figure of a `layer` result: the stream's reading, step by step, up to the model's logit."""
+"""The figure of `layer` rows: the stream's reading, step by step, up to the model's logit."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -8,133 +9,224 @@ from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
-from tl_dla.figures.charts import number, safe
-from tl_dla.figures.view import View, headings, logit_name, read
-from tl_dla.model.reader import Point, Write
+from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
+from tl_dla.figures.text import in_template, number, percent, safe, visible
+from tl_dla.figures.view import View, headings
 
-if TYPE_CHECKING:
-    from tl_dla.core.result import DirectLogitAttribution
-
-_STEPS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
 _STEP_COLOURS = {"attention": "#8a63a8", "MLP": "#c98a2b", "state space": "#4a9aa5"}
+_BODY = 340  # pixels
+_MOST_NAMED = 20  # lines that are named at their ends
 
 
-def trajectory(
-    result: "DirectLogitAttribution",
-    *,
-    prompt: int | None = None,
-    candidate: str | int | None = None,
-) -> go.Figure:
+@dataclass(frozen=True, eq=False)
+class _Readings:
+    """The stations of the stream with their places on the axis, and what is read there."""
+
+    names: list[str]
+    places: list[float]
+    levels: Float[np.ndarray, "station sample candidate"]
+    writers: list[str]
+
+
+def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
     """The stream's reading from the embeddings to the model's own logit, in steps.
 
     The steps of the line are coloured by what wrote them. Several prompts are thin lines behind
-    their mean, several candidates a line each.
+    their mean; several positions of a prompt a line each, with no mean, and several candidates a
+    line each.
 
     The final norm's scale is frozen, so that a step is what was written there; the logit lens
     (`lens_grid`) computes it afresh at each point.
 
     Raises:
-        ArgumentError: for a result of another unit.
+        ArgumentError: for a view of another unit.
     """
-    if result.unit != "layer":
+    if view.unit != "layer":
         raise ArgumentError(
-            f'A unit="{result.unit}" result has no trajectory: attribute with unit="layer".'
+            f'A unit="{view.unit}" result has no trajectory: attribute with unit="layer".'
         )
-    view = read(result, prompt, candidate)
-    stations, levels = _levels(result, view)
+    readings = _read(view)
+    named: list[tuple[str, float]] = []
     if len(view.candidates) > 1:
-        traces = _candidate_lines(stations, levels, view)
+        traces = _candidate_lines(readings, view)
+        ends = readings.levels[-1].mean(0)
+        named = [(repr(name), end) for name, end in zip(view.candidates, ends, strict=True)]
+    elif view.several_positions:
+        traces = _position_lines(readings, view)
+        tokens = [str(s.position) if s.token is None else visible(s.token) for s in view.samples]
+        named = list(zip(tokens, readings.levels[-1, :, 0], strict=True))
     else:
-        traces = _lines(stations, levels[..., 0], view)
-        mean = levels[..., 0].mean(1)
-        traces += _steps(result, stations, mean, several=len(view.samples) > 1)
+        traces = _prompt_lines(readings, view) + _steps(readings, view)
     fig = go.Figure(traces)
-    title, subtitle = headings(result, "Reading of the stream for", view)
-    named = [label for label in stations if not label.endswith("_mid")]
-    layers = [label for label in named if label.endswith("_pre")]
-    ticks = layers[:: -(-len(layers) // 20)] + [label for label in named if label not in layers]
+    few = 0 < len(named) <= _MOST_NAMED
+    beside = 20 + max([6.5 * len(_named(*one)) for one in named if few] or [44])  # pixels
+    points = [name for name in readings.names if not name.endswith("_mid")]
+    layers = [name for name in points if name.endswith("_pre")]
+    most = max(3, (look.room - 160) // 30)
+    ticks = layers[:: -(-len(layers) // most)] + [name for name in points if name not in layers]
+    at = dict(zip(readings.names, readings.places, strict=True))
     fig.update_xaxes(
         tickmode="array",
-        tickvals=[stations[label] for label in ticks],
-        ticktext=[safe(label.removesuffix("_pre").removesuffix("_post")) for label in ticks],
+        tickvals=[at[name] for name in ticks],
+        ticktext=[safe(name.removesuffix("_pre").removesuffix("_post")) for name in ticks],
         title_text="before layer",
-        range=[-0.5, max(stations.values()) * 1.06 + 0.5],
+        range=[-0.3, readings.places[-1] + 0.1],
         showgrid=False,
         zeroline=False,
     )
-    fig.update_yaxes(title_text="logits, read with the scale of the final norm", zeroline=True)
-    charts.styled(fig, title, subtitle, height=480)
-    return fig.update_layout(margin_t=120)
+    unit = "logits" if look.narrow else "logits, read with the scale of the final norm"
+    fig.update_yaxes(title_text=unit, zeroline=True)
+    if few:
+        _name_ends(fig, readings, named)
+    heading = Heading(*headings("Reading of the stream for", view))
+    legend = 16 if named else 56 if look.narrow else 34
+    return charts.styled(fig, heading, look, Sizes(_BODY, legend, 64, right=int(beside)))
 
 
-def _levels(
-    result: "DirectLogitAttribution", view: View
-) -> tuple[dict[str, float], Float[np.ndarray, "station sample candidate"]]:
+def _read(view: View) -> _Readings:
     """The stream's readings, then the reading with each bias added: the last is the logit.
 
-    The stations come with their places on the axis, the biases with room for their names.
+    The biases stand apart, so that there is room for their names.
     """
-    points = [row for row, kind in enumerate(result.kinds) if kind == "residual"]
-    biases = [row for row, kind in enumerate(result.kinds) if kind == "bias"]
+    points, biases = view.rows("residual"), view.rows("bias")
     levels = [*view.values[points]]
     for row in biases:
         levels.append(levels[-1] + view.values[row])
     gap, last = max(1.0, len(points) / 10), len(points) - 1
-    places = {result.labels[row]: float(i) for i, row in enumerate(points)}
-    places |= {result.labels[row]: last + gap * i for i, row in enumerate(biases, 1)}
-    return places, np.stack(levels)
+    return _Readings(
+        names=[view.labels[row] for row in [*points, *biases]],
+        places=[*map(float, range(len(points))), *(last + gap * i for i in _from_one(biases))],
+        levels=np.stack(levels),
+        writers=[view.writers.get(view.labels[row], "block") for row in points]
+        + ["bias" for _ in biases],
+    )
 
 
-def _lines(
-    stations: dict[str, float], levels: Float[np.ndarray, "station sample"], view: View
-) -> list[go.Scatter]:
-    """A thin line for each of several samples."""
+def _from_one(items: Sequence[int]) -> range:
+    return range(1, len(items) + 1)
+
+
+def _line(
+    readings: _Readings, y: Float[np.ndarray, " station"], about: str, **options: object
+) -> go.Scatter:
+    """A line through all stations, whose hover says where and what it is of."""
+    return go.Scatter(
+        x=readings.places,
+        y=y,
+        text=[safe(name) for name in readings.names],
+        mode="lines",
+        hovertemplate="<b>%{text}</b><br>%{y:+.4f} logits"
+        f"<br>{in_template(about)}<extra></extra>",
+        **options,
+    )
+
+
+def _prompt_lines(readings: _Readings, view: View) -> list[go.Scatter]:
+    """A thin line for each of several prompts."""
     if len(view.samples) == 1:
         return []
+    style = dict(
+        line=dict(color=theme.NEUTRAL, width=0.8),
+        opacity=0.55 if len(view.samples) <= 12 else 0.2,
+        name="each prompt",
+        legendgroup="each prompt",
+    )
+    levels = readings.levels[..., 0]
     return [
-        go.Scatter(
-            x=list(stations.values()),
-            y=levels[:, i],
-            text=[safe(station) for station in stations],
-            mode="lines",
-            line=dict(color=theme.NEUTRAL, width=0.8),
-            opacity=0.55 if len(view.samples) <= 12 else 0.2,
-            name="each prompt",
-            legendgroup="each prompt",
-            showlegend=i == 0,
-            hovertemplate="<b>%{text}</b><br>%{y:+.4f} logits"
-            f"<br>{charts.in_template(sample)}<extra></extra>",
-        )
-        for i, sample in enumerate(view.samples)
+        _line(readings, levels[:, i], name, showlegend=i == 0, **style)
+        for i, name in enumerate(view.names)
     ]
 
 
-def _steps(
-    result: "DirectLogitAttribution",
-    stations: dict[str, float],
-    mean: Float[np.ndarray, " station"],
-    several: bool,
-) -> list[go.Scatter]:
-    """The line, in pieces coloured by what wrote them, and its points."""
-    written = _written_between(result)
+def _position_lines(readings: _Readings, view: View) -> list[go.Scatter]:
+    """A line for each position, the later the darker."""
+    last = max(sample.position for sample in view.samples) or 1
+    return [
+        _line(
+            readings,
+            readings.levels[:, i, 0],
+            name,
+            line=dict(color=theme.POSITIVE, width=1.6),
+            opacity=0.25 + 0.75 * view.samples[i].position / last,
+            name=safe(name),
+            showlegend=False,
+        )
+        for i, name in enumerate(view.names)
+    ]
+
+
+def _candidate_lines(readings: _Readings, view: View) -> list[go.Scatter]:
+    """A line for each candidate, and a thin one for each of its samples."""
+    traces = []
+    for c, name in enumerate(view.candidates):
+        style = dict(
+            line_color=theme.PALETTE[c % len(theme.PALETTE)],
+            legendgroup=name,
+            showlegend=len(view.candidates) > _MOST_NAMED,
+            name=safe(repr(name)),
+        )
+        levels = readings.levels[..., c]
+        if len(view.samples) > 1:
+            thin = style | dict(showlegend=False, line_width=0.8, opacity=0.4)
+            for i, sample in enumerate(view.names):
+                traces.append(_line(readings, levels[:, i], f"{name!r}, {sample}", **thin))
+        traces.append(_line(readings, levels.mean(1), repr(name), line_width=2.5, **style))
+    return traces
+
+
+def _name_ends(fig: go.Figure, readings: _Readings, ends: list[tuple[str, float]]) -> None:
+    """Each line's name at its end, moved apart where they would be printed over each other."""
+    low, high = float(readings.levels.min()), float(readings.levels.max())
+    per_logit = 0.9 * _BODY / ((high - low) or 1.0)
+    ends = sorted(ends, key=lambda one: one[1])
+    places = np.array([end * per_logit for _, end in ends])
+    steps = 14 * np.arange(len(ends))
+    apart = np.maximum.accumulate(places - steps) + steps  # pushed up by those below
+    ceiling = high * per_logit + 10 - steps[::-1]
+    apart = np.minimum(apart, ceiling)  # and down again, from the top
+    for (name, end), place, moved in zip(ends, places, apart, strict=True):
+        fig.add_annotation(
+            text=safe(_named(name, end)),
+            x=readings.places[-1],
+            y=float(end),
+            ax=14,
+            ay=float(place - moved),
+            xanchor="left",
+            arrowhead=0,
+            arrowwidth=0.7,
+            arrowcolor=theme.NEUTRAL,
+            standoff=2,
+            font_size=11,
+        )
+
+
+def _named(name: str, end: float) -> str:
+    return f"{name} {number(float(end))}"
+
+
+def _steps(readings: _Readings, view: View) -> list[go.Scatter]:
+    """The line, or the mean of several, in pieces coloured by what wrote them, and its points."""
+    mean, places = readings.levels[..., 0].mean(1), readings.places
     pieces: dict[str, list[int]] = {}
-    for i, label in enumerate(stations):
+    for i, writer in enumerate(readings.writers):
         if i:
-            pieces.setdefault(written.get(label, "bias"), []).append(i)
-    traces, places = [], list(stations.values())
+            pieces.setdefault(writer, []).append(i)
+    traces = []
     for name, ends in pieces.items():
         x = [place for i in ends for place in (places[i - 1], places[i], None)]
         y = [level for i in ends for level in (mean[i - 1], mean[i], None)]
         line = dict(color=_STEP_COLOURS.get(name, theme.NEUTRAL), width=2.5)
         traces.append(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
-    steps = [0.0, *np.diff(mean)]
+    whose = "mean " if len(view.samples) > 1 else ""
     logit = mean[-1] or np.nan
     hover = [
-        f"<b>{safe(label)}</b><br>{'mean ' * several}{level:+.4f} logits"
-        f" ({charts.percent(level / logit)})<br>step {step:+.4f} from {written.get(label, 'bias')}"
-        for label, level, step in zip(stations, mean, steps, strict=True)
+        f"<b>{safe(name)}</b><br>{whose}{level:+.4f} logits ({percent(level / logit)})"
+        f"<br>step {step:+.4f} from {writer}"
+        for name, writer, level, step in zip(
+            readings.names, readings.writers, mean, [0.0, *np.diff(mean)], strict=True
+        )
     ]
-    hover[0] = f"<b>{safe(next(iter(stations)))}</b><br>{'mean ' * several}{mean[0]:+.4f} logits"
+    hover[0] = f"<b>{safe(readings.names[0])}</b><br>{whose}{mean[0]:+.4f} logits"
     dots = go.Scatter(
         x=places,
         y=mean,
@@ -155,45 +247,6 @@ def _steps(
         cliponaxis=False,
         hovertext=hover[-1:],
         hoverinfo="text",
-        name=logit_name(result),
+        name=view.words.logit,
     )
     return [*traces, dots, end]
-
-
-def _written_between(result: "DirectLogitAttribution") -> dict[str, str]:
-    """What was written since the point before, for each point of the stream."""
-    written: dict[str, str] = {}
-    kinds: list[str] = []
-    for step in result.plan.stream.steps:
-        if isinstance(step, Write):
-            kinds.append(_STEPS.get(step.kind, step.kind))
-        elif isinstance(step, Point):
-            written[step.label] = " and ".join(dict.fromkeys(kinds)) or "norm"
-            kinds = []
-    return written
-
-
-def _candidate_lines(
-    stations: dict[str, float], levels: Float[np.ndarray, "station sample candidate"], view: View
-) -> list[go.Scatter]:
-    """A line for each candidate, and a thin one for each of its samples."""
-    traces = []
-    for c, name in enumerate(view.candidates):
-        colour = theme.PALETTE[c % len(theme.PALETTE)]
-        group = dict(legendgroup=name, line_color=colour, mode="lines")
-        if len(view.samples) > 1:
-            for line in _lines(stations, levels[..., c], view):
-                traces.append(line.update(showlegend=False, line_width=0.8, **group))
-        traces.append(
-            go.Scatter(
-                x=list(stations.values()),
-                y=levels[..., c].mean(1),
-                name=safe(repr(name)),
-                line_width=2.5,
-                text=[safe(station) for station in stations],
-                hovertemplate=f"<b>%{{text}}</b><br>{charts.in_template(repr(name))}"
-                "<br>%{y:+.4f} logits<extra></extra>",
-                **group,
-            )
-        )
-    return traces

@@ -1,32 +1,99 @@
-"""What a figure or a page shows of a result: its numbers by row, sample and candidate; words."""
+"""What figures, tables and pages show: numbers by row, sample and candidate, and words for them.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+`tl_dla.core.view.view_of` makes a `View` of a result. One rule says which rows matter, here and in
+`result.top(by="magnitude")`: the largest magnitude of what is shown, so the magnitude of the mean
+where means are shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts
-from tl_dla.figures.charts import safe, shorten
-from tl_dla.inputs.tokens import token_strings
+from tl_dla.figures.text import safe, shorten
 
-if TYPE_CHECKING:
-    from tl_dla.core.result import DirectLogitAttribution
+
+@dataclass(frozen=True)
+class Sample:
+    """One attributed position of one prompt, with its token and the prompt's text where known."""
+
+    prompt: int
+    position: int
+    token: str | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        token = "" if self.token is None else f" {self.token!r}"
+        text = f": {shorten(self.text)}" if self.text else ""
+        return f"prompt {self.prompt}, position {self.position}{token}{text}"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is attributed, in words.
+
+    Attributes:
+        target: what the logit is of: `' Mary' − ' John'`.
+        logit: what the rows add up to: `model's own logit`.
+        certificate: whether they do, with its mark.
+    """
+
+    target: str
+    logit: str
+    certificate: str
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The values that a figure shows, a sample for each prompt and position that exists."""
+    """The values that a figure shows, in logits; a sample for each prompt and position that exists.
+
+    Attributes:
+        values: of every row, sample and candidate.
+        logit: the model's own.
+        labels: the rows' names.
+        kinds: what each row is (`head`, `mlp`, `bias`, …).
+        layers: each row's layer, None for rows of no layer.
+        unit: of the rows; those of `layer` are readings, which do not add up.
+        samples: where the values were read.
+        candidates: the candidate tokens, `[""]` where there is one logit.
+        words: what is attributed and whether it adds up.
+        writers: what wrote to the stream since the point before, by the label of the point.
+    """
 
     values: Float[np.ndarray, "row sample candidate"]
     logit: Float[np.ndarray, "sample candidate"]
-    samples: list[str]
-    prompt_of: list[int]
-    tokens: list[str]
+    labels: list[str]
+    kinds: list[Any]
+    layers: list[int | None]
+    unit: str
+    samples: list[Sample]
     candidates: list[str]
+    words: Words
+    writers: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The samples in words."""
+        return [str(sample) for sample in self.samples]
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts the samples are of."""
+        return len({sample.prompt for sample in self.samples})
+
+    @property
+    def several_positions(self) -> bool:
+        """Whether some prompt has more than one sample."""
+        return self.n_prompts < len(self.samples)
+
+    @property
+    def over_candidates(self) -> bool:
+        """Whether there is a logit for each of some candidate tokens."""
+        return self.candidates != [""]
 
     @property
     def share(self) -> Float[np.ndarray, "row sample candidate"]:
@@ -34,159 +101,68 @@ class View:
         return self.values / np.where(self.logit == 0, np.nan, self.logit)
 
     def only(self) -> tuple[Float[np.ndarray, "row sample"], Float[np.ndarray, " sample"]]:
-        """Values and logits of the one candidate."""
+        """Values and logits of the first, and as a rule the one, candidate."""
         return self.values[..., 0], self.logit[..., 0]
 
-
-def read(
-    result: "DirectLogitAttribution", prompt: int | None = None, candidate: str | int | None = None
-) -> View:
-    """The result's values by row, sample and candidate."""
-    values = result._with_position_axis(result.attribution).detach().cpu().double().numpy()
-    logit = result._with_position_axis(result.logit[None])[0].detach().cpu().double().numpy()
-    n_prompts = len(result.prompts.tokens)
-    if prompt is not None and not -n_prompts <= prompt < n_prompts:
-        raise ArgumentError(f"prompt must be one of the result's {n_prompts}; {prompt} was given.")
-    names = list(result.targets.candidates or [""])
-    if candidate is not None:
-        chosen = _candidate(names, candidate)
-        values, logit, names = values[..., [chosen]], logit[..., [chosen]], [names[chosen]]
-    wanted = None if prompt is None else prompt % n_prompts
-    places = [
-        (b, p)
-        for b, p in result.positions.valid.nonzero().tolist()
-        if wanted is None or b == wanted
-    ]
-    packed, index = result.prompts.packed, result.positions.index
-    at = tuple(np.array(places).T)
-    if has_tokens(result):
-        texts = [f": {shorten(prompt_text(result, b))}" for b in range(n_prompts)]
-        tokens = token_strings(result.model, packed[at[0], index[at]])
-        named = [f" {token!r}" for token in tokens]
-    else:
-        texts, named = [""] * n_prompts, [""] * len(places)
-        tokens = [str(int(i)) for i in index[at]]
-    samples = [
-        f"prompt {b}, position {int(index[b, p])}{token}{texts[b]}"
-        for (b, p), token in zip(places, named, strict=True)
-    ]
-    return View(values[:, at[0], at[1]], logit[at], samples, [b for b, _ in places], tokens, names)
+    def rows(self, kind: str) -> list[int]:
+        """The rows of a kind."""
+        return [row for row, own in enumerate(self.kinds) if own == kind]
 
 
-def _candidate(names: list[str], candidate: str | int) -> int:
-    if isinstance(candidate, int) and -len(names) <= candidate < len(names):
-        return candidate
-    if candidate in names:
-        return names.index(str(candidate))
-    raise ArgumentError(
-        f"candidate must be one of {', '.join(map(repr, names))}, or its index; {candidate!r} was"
-        " given."
-    )
-
-
-def has_tokens(result: "DirectLogitAttribution") -> bool:
-    """Whether the prompts' tokens are known; a cache may have come without them."""
-    return result.seen.logits is not None or bool(result.prompts.tokens.any())
-
-
-def prompt_text(result: "DirectLogitAttribution", prompt: int) -> str:
-    """A prompt as text, or its token ids where the model has no tokenizer."""
-    ids = result.prompts.packed[prompt, : int(result.prompts.length[prompt])]
-    tokenizer = getattr(result.model, "tokenizer", None)
-    return " ".join(map(str, ids.tolist())) if tokenizer is None else tokenizer.decode(ids.tolist())
-
-
-def logit_name(result: "DirectLogitAttribution") -> str:
-    """What the rows add up to, in a few words."""
-    if result.path:
-        return f"row {result.path[-1]}"
-    return "model's own logit" if result.plan.include_bias else "logit without biases"
-
-
-def headings(result: "DirectLogitAttribution", what: str, view: View) -> tuple[str, str]:
-    """Title and subtitle: what is attributed, where, and whether it adds up."""
-    named = view.candidates != [""]
-    names = list(map(repr, view.candidates)) if named else result.target.split(", ")
+def headings(what: str, view: View) -> tuple[str, str]:
+    """Title and subtitle, escaped: what is attributed, where, and whether it adds up."""
+    named = view.over_candidates
+    names = list(map(repr, view.candidates)) if named else view.words.target.split(", ")
     if len(names) > 5:  # more would leave the figure on the right
         names = [*names[:3], "…", names[-1]]
-    where = safe(view.samples[0]) if len(view.samples) == 1 else _count(view)
-    target = shorten(", ".join(names)) + through(result)
-    return f"{what} {safe(target)}", f"{where}<br>{certificate(result)}"
+    title = f"{what} {safe(shorten(', '.join(names)))}"
+    return title, f"{safe(where(view))}<br>{safe(view.words.certificate)}"
 
 
-def through(result: "DirectLogitAttribution") -> str:
-    """The rows that a path's rows are parts of, in words; nothing for any other result."""
-    return "".join(f", through {source}" for source in result.path)
+def where(view: View) -> str:
+    """Which prompts and positions the values are of."""
+    if len(view.samples) == 1:
+        return view.names[0]
+    if not view.several_positions:
+        return f"mean over {view.n_prompts} prompts, and each of them"
+    if view.n_prompts == 1:
+        return f"{len(view.samples)} positions of prompt {view.samples[0].prompt}"
+    return f"mean over {len(view.samples)} positions of {view.n_prompts} prompts, and each of them"
 
 
-def _count(view: View) -> str:
-    n_prompts = len(set(view.prompt_of))
-    if n_prompts == len(view.samples):
-        return f"mean over {n_prompts} prompts, and each of them"
-    if n_prompts == 1:
-        return f"{len(view.samples)} positions of {safe(view.samples[0].split(',')[0])}"
-    return f"mean over {len(view.samples)} positions of {n_prompts} prompts, and each of them"
+# ---- which rows matter -------------------------------------------------------------------------
 
 
-def certificate(result: "DirectLogitAttribution") -> str:
-    """The certificate as one line."""
-    mark = "✓" if result.reconstruction.passed else "✗"
-    return f"{mark} {safe(str(result.reconstruction))}"
+def largest(shown: Float[np.ndarray, "row shown"], k: int) -> Int[np.ndarray, " k"]:
+    """The k rows of largest magnitude (its mean over all numbers that are shown), best first."""
+    if k < 1:
+        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    return np.argsort(-np.abs(shown).mean(1), kind="stable")[:k]
 
 
 def fold(
-    labels: Sequence[str], values: Float[np.ndarray, "row sample"], k: int
-) -> tuple[list[str], Float[np.ndarray, "shown sample"]]:
-    """The k rows of largest mean magnitude, in their order, and the sum of all others as a row."""
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    labels: Sequence[str],
+    values: Float[np.ndarray, " row *inner"],
+    shown: Float[np.ndarray, "row shown"],
+    k: int,
+) -> tuple[list[str], Float[np.ndarray, " kept *inner"]]:
+    """The k rows that matter, in their order, and the sum of all others as a row."""
+    top = largest(shown, k)
     if len(labels) <= k + 1:
         return list(labels), values
-    largest = np.argsort(-np.abs(values).mean(1), kind="stable")[:k]
-    kept = np.sort(largest)
+    kept = np.sort(top)
     rest = np.setdiff1d(np.arange(len(labels)), kept)
-    names = [*(labels[i] for i in kept), f"{len(rest)} smaller rows"]
-    return names, np.vstack([values[kept], values[rest].sum(0)])
+    names = [*(labels[i] for i in kept), smaller(len(rest))]
+    return names, np.concatenate([values[kept], values[rest].sum(0, keepdims=True)])
 
 
-def bars(
-    labels: Sequence[str],
-    values: Float[np.ndarray, "row sample"],
-    view: View,
-    share: Float[np.ndarray, "row sample"],
-    *,
-    places: Sequence[int] | None = None,
-    **axes: str,
-) -> list[Any]:
-    """A bar from 0 for each row's value, or its mean with a dot for every value."""
-    mean, count = values.mean(1), values.shape[1]
+def smaller(count: int) -> str:
+    """The name of the row that adds up what is left."""
+    return f"{count} smaller rows"
+
+
+def spread(place: float, count: int, width: float = 0.5) -> Float[np.ndarray, " sample"]:
+    """Places of several points around one, in order, so that equal values stay apart."""
     if count == 1:
-        words = [charts.percent(part) for part in share[:, 0]]
-        hover = [
-            f"{m:+.4f} logits ({w})<br>{safe(view.samples[0])}"
-            for m, w in zip(mean, words, strict=True)
-        ]
-    else:
-        hover = [
-            f"mean {m:+.4f} logits<br>{v.min():+.4f} to {v.max():+.4f} over {count}"
-            for m, v in zip(mean, values, strict=True)
-        ]
-    hover = [f"<b>{safe(label)}</b><br>{h}" for label, h in zip(labels, hover, strict=True)]
-    traces: list[Any] = [
-        go.Bar(
-            x=mean,
-            y=list(places or range(len(labels))),
-            orientation="h",
-            marker_color=charts.signs(mean),
-            width=0.66,
-            hovertext=[
-                f"<b>{safe(label)}</b><br>{h}" for label, h in zip(labels, hover, strict=True)
-            ],
-            hoverinfo="text",
-            showlegend=False,
-            **axes,
-        )
-    ]
-    if count > 1:
-        traces.extend(charts.dots(labels, values, view.samples, places=places, share=share, **axes))
-    return traces
+        return np.array([place])
+    return place + width * (np.arange(count) / (count - 1) - 0.5)

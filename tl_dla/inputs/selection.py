@@ -1,12 +1,13 @@
 """The units, and which rows are split: what a user may ask for, checked against the model."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model.reader import Kind, ModelReader
+from tl_dla.model.reader import ModelReader
 
 Unit = Literal["component", "layer", "head", "neuron", "source"]
 
@@ -18,38 +19,50 @@ def require_unit(unit: str) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which rows are split: the layers, the heads (`L9H9`), how many neurons; None for all.
+class Selection:
+    """Rows that are split: the layers, the heads, how many neurons; None for all.
 
-    `neurons` names the neurons (`L3N7`) that have a row of their own, in place of the largest ones;
-    `alone` leaves out the others, and the certificate with them.
+    Heads and neurons are (layer, index). `neurons` names those that have a row of their own, in
+    place of the largest ones; `alone` leaves out the others, and the certificate with them.
     """
 
     layers: tuple[int, ...] | None = None
-    heads: tuple[str, ...] | None = None
+    heads: tuple[tuple[int, int], ...] | None = None
     top_neurons: int | None = None
-    neurons: tuple[str, ...] | None = None
+    neurons: tuple[tuple[int, int], ...] | None = None
     alone: bool = False
 
     def has_layer(self, layer: int) -> bool:
         """Whether rows of the layer are split."""
         return self.layers is None or layer in self.layers
 
+    def has_head(self, layer: int, head: int) -> bool:
+        """Whether the row of the head is split."""
+        return self.has_layer(layer) and (self.heads is None or (layer, head) in self.heads)
 
-def read_choice(
+    def neurons_of(self, layer: int) -> list[int] | None:
+        """The neurons of the layer that have a row of their own; None where none is named."""
+        if self.neurons is None:
+            return None
+        return [index for own, index in self.neurons if own == layer]
+
+
+def read_selection(
     reader: ModelReader,
     unit: Unit,
-    layers: Sequence[int] | None,
-    heads: Sequence[str] | None,
+    layers: int | Sequence[int] | None,
+    heads: str | Sequence[str] | None,
     top_neurons: int | None,
-) -> Choice:
-    """What is split, checked against the model and the unit.
+) -> Selection:
+    """Rows that are split, checked against the unit and the model; one may stand for a list of one.
 
     Raises:
-        ArgumentError: for a choice that the unit has no use for, or that the model does not have.
+        ArgumentError: for a selection that the unit has no use for, or that the model does not
+            have, or of nothing.
     """
+    layers, heads = _listed("layers", layers), _listed("heads", heads)
     for name, given, units in (
-        ("layers", layers, ("neuron", "source")),
+        ("layers", layers, ("head", "neuron", "source")),
         ("heads", heads, ("source",)),
         ("top_neurons", top_neurons, ("neuron",)),
     ):
@@ -58,17 +71,33 @@ def read_choice(
             raise ArgumentError(f'{name} is for {wanted}; unit="{unit}" was given.')
     n = reader.n_layers
     for layer in layers or ():
+        if not _is_integer(layer):
+            raise ArgumentError(
+                f"layers must be an integer or a list of integers; {layer!r} was given."
+            )
         if not -n <= layer < n:
             raise ArgumentError(f"Layer {layer} was asked for; the model has layers 0 to {n - 1}.")
-    for head in heads or ():
-        place_of_head(reader, head)
-    if top_neurons is not None and top_neurons < 1:
-        raise ArgumentError(f"top_neurons must be at least 1; {top_neurons} was given.")
-    return Choice(
-        None if layers is None else tuple(layer % n for layer in layers),
-        None if heads is None else tuple(heads),
-        top_neurons,
-    )
+    places = None if heads is None else tuple(place_of_head(reader, head) for head in heads)
+    if top_neurons is not None:
+        if not _is_integer(top_neurons) or top_neurons < 1:
+            raise ArgumentError(f"top_neurons must be at least 1; {top_neurons!r} was given.")
+    listed = None if layers is None else tuple(int(layer) % n for layer in layers)
+    return Selection(listed, places, top_neurons)
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _listed(name: str, given: Any) -> tuple[Any, ...] | None:
+    """What was given as a tuple; None for all."""
+    if given is None:
+        return None
+    given = given.tolist() if hasattr(given, "tolist") else given  # tensors and arrays
+    listed = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not listed:
+        raise ArgumentError(f"{name} is empty, so nothing would be split: leave it out for all.")
+    return listed
 
 
 def place_of_head(reader: ModelReader, head: str) -> tuple[int, int]:
@@ -77,7 +106,7 @@ def place_of_head(reader: ModelReader, head: str) -> tuple[int, int]:
     Raises:
         ArgumentError: for a label that is no head of the model.
     """
-    found = re.fullmatch(r"L(\d+)H(\d+)", head)
+    found = re.fullmatch(r"L(\d+)H(\d+)", head) if isinstance(head, str) else None
     if found is None:
         raise ArgumentError(f"A head is written L9H9 (layer 9, head 9); {head!r} was given.")
     layer, index = int(found[1]), int(found[2])
@@ -89,20 +118,3 @@ def place_of_head(reader: ModelReader, head: str) -> tuple[int, int]:
             f" {n_heads} heads (numbered from 0)."
         )
     return layer, index
-
-
-def rows_to_rank(kinds: Sequence[Kind], kind: Kind | None, k: int, by: str) -> list[int]:
-    """The rows that `top` ranks: all, or those of one kind.
-
-    Raises:
-        ArgumentError: for an unknown kind or ranking, or k below 1.
-    """
-    if by not in ("value", "magnitude"):
-        raise ArgumentError(f'by must be "value" or "magnitude"; {by!r} was given.')
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
-    rows = [i for i, own in enumerate(kinds) if kind is None or own == kind]
-    if not rows:
-        present = ", ".join(sorted(set(kinds)))
-        raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
-    return rows

@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.inputs.tokens import Positions, require_tokenizer, token_strings
+from tl_dla.inputs.models import device_of
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.tokens import require_tokenizer, token_strings
 
 Answers = str | int | Sequence[Any] | Tensor
 
@@ -29,74 +31,107 @@ class Targets:
     candidates: tuple[str, ...] | None = None
     mean_of_vocab: bool = False
 
+    def tiled(self, copies: int) -> "Targets":
+        """The targets of the prompts several times over."""
+        alike = self.ids.shape[0] == 1
+        return self if alike else replace(self, ids=self.ids.repeat(copies, 1, 1))
+
     def part(self, rows: slice) -> "Targets":
         """The targets of some of the prompts."""
         return self if self.ids.shape[0] == 1 else replace(self, ids=self.ids[rows])
+
+
+# Of a run that is asked for no logit.
+NO_TARGETS = Targets(torch.zeros(1, 1, 0, dtype=torch.long), torch.zeros(0, 0))
+
+
+def require_answer(answer: Any, candidates: Any) -> None:
+    """Raise unless exactly one of the two was given; before the model is looked at."""
+    if (answer is None) == (candidates is None):
+        raise ArgumentError(
+            "answer_tokens is required (or candidate_tokens in its place, not both)."
+        )
 
 
 def read_targets(
     model: Any,
     answer: Answers | None,
     incorrect: Answers | None,
-    candidates: Sequence[str | int] | Tensor | None,
+    candidates: str | int | Sequence[str | int] | Tensor | None,
     batch: int,
     positions: Positions,
     texts: Sequence[str] | None = None,
 ) -> Targets:
     """Answers, incorrect answers and candidates as `Targets`.
 
+    Answers `[batch, 2]` are (answer, incorrect answer), as the columns of TransformerLens's
+    demonstrations are. `texts` are the prompts, where they were given as text.
+
     Raises:
         TokenError: for a string that is not one token, an id outside the vocabulary, a shape that
-            does not fit.
+            does not fit or fits in two ways.
         ArgumentError: for an answer and candidates together, or neither.
     """
-    if (answer is None) == (candidates is None):
-        raise ArgumentError(
-            "answer_tokens is required (or candidate_tokens in its place, not both)."
-        )
+    require_answer(answer, candidates)
+    strings = _Strings(model, texts)
     n_pos = positions.index.shape[1]
+    mean = isinstance(incorrect, str) and incorrect == "mean"
+    names, wrong = None, None
     if candidates is not None:
-        listed = [candidates] if isinstance(candidates, str | int) else list(candidates)
-        ids = token_ids(model, listed, texts).reshape(1, 1, -1)
+        one = isinstance(candidates, str | int)
+        ids = strings.ids([candidates] if one else candidates, "candidate_tokens").reshape(1, 1, -1)
         names = tuple(token_strings(model, ids.flatten()))
-        weights = torch.eye(ids.shape[-1], dtype=torch.float64)
     else:
-        assert answer is not None
-        ids = _grid(model, answer, "answer_tokens", batch, n_pos, texts)
+        lone = strings.ids(answer)
+        if incorrect is None and lone.shape == (batch, 2) and n_pos == 2:
+            raise _ambiguous("answer_tokens", lone, "an answer and an incorrect one")
+        if incorrect is None and lone.shape in ((batch, 2), (batch, 1, 2)):
+            lone, wrong = lone[..., 0].reshape(batch), lone[..., 1].reshape(batch)
+        ids = _grid(lone, "answer_tokens", batch, n_pos, per_position=True)
         if ids.shape[-1] != 1:
             raise TokenError(
                 f"answer_tokens holds {ids.shape[-1]} answers per prompt, but one is attributed:"
-                " pass the others as incorrect_tokens (for columns (correct, incorrect):"
-                " answers[:, 0] and answers[:, 1]), or attribute to each with candidate_tokens."
+                " pass the others as incorrect_tokens, or attribute to each with candidate_tokens."
             )
-        names, weights = None, torch.ones(1, 1, dtype=torch.float64)
-    if incorrect is None:
-        return Targets(ids, weights, names)
-    if isinstance(incorrect, str) and incorrect == "mean":
+    if incorrect is not None and not mean:
+        wrong = strings.ids(incorrect)
+    strings.question()
+    weights = torch.eye(1 if names is None else ids.shape[-1], dtype=torch.float64)
+    if mean:
         baseline = -torch.ones(len(weights), 1, dtype=torch.float64)
         return Targets(ids, torch.cat([weights, baseline], 1), names, mean_of_vocab=True)
-    wrong = _grid(model, incorrect, "incorrect_tokens", batch, n_pos, texts)
+    if wrong is None:
+        return Targets(ids, weights, names)
+    per_position = ids.shape[1] > 1
+    wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=per_position)
     k = wrong.shape[-1]
     lead = [max(a, b) for a, b in zip(ids.shape[:2], wrong.shape[:2], strict=True)]
+    if names is None:
+        _question_same(model, ids, wrong)
     ids = torch.cat([ids.expand(*lead, -1), wrong.expand(*lead, -1)], -1)
     baseline = torch.full((len(weights), k), -1.0 / k, dtype=torch.float64)
     return Targets(ids, torch.cat([weights, baseline], 1), names)
 
 
 def _grid(
-    model: Any, answers: Any, name: str, batch: int, n_pos: int, texts: Sequence[str] | None
+    ids: Int[Tensor, "..."], name: str, batch: int, n_pos: int, *, per_position: bool
 ) -> Int[Tensor, "#batch #pos token"]:
-    """Answers as `[batch, pos, several]`, with 1 where they are shared."""
-    ids = token_ids(model, answers, texts)
+    """Answers as `[batch, pos, several]`, with 1 where they are shared.
+
+    `per_position` says that a number of them that is the number of positions is one for each.
+    """
     if ids.ndim == 0:
         return ids.reshape(1, 1, 1)
     if ids.ndim == 1 and ids.shape[0] == batch:
         return ids.reshape(batch, 1, 1)
-    if ids.ndim == 1 and batch == 1:
-        return ids.reshape(1, 1, -1)
+    if ids.ndim == 1 and (batch == 1 or ids.shape[0] == n_pos > 1):
+        ids = ids[None]
     if ids.ndim == 2 and ids.shape[0] in (1, batch):
-        per_position = n_pos > 1 and ids.shape[1] == n_pos
-        return ids[:, :, None] if per_position else ids[:, None, :]
+        if n_pos == 1 or ids.shape[1] != n_pos:
+            return ids[:, None, :]
+        if not per_position:
+            raise _ambiguous(name, ids, f"{n_pos} incorrect answers")
+        return ids[:, :, None]
     if ids.ndim == 3 and ids.shape[0] in (1, batch) and ids.shape[1] in (1, n_pos):
         return ids
     raise TokenError(
@@ -106,65 +141,121 @@ def _grid(
     )
 
 
+def _ambiguous(name: str, ids: Tensor, other: str) -> TokenError:
+    batch, k = ids.shape
+    return TokenError(
+        f"{name} of shape {(batch, k)} may be one per position, or {other} per prompt: give shape"
+        f" {(batch, k, 1)} to mean one per position, or {(batch, 1, k)} to mean the other."
+    )
+
+
+def _question_same(model: Any, answer: Int[Tensor, "..."], wrong: Int[Tensor, "..."]) -> None:
+    """Warn where the one incorrect answer is the answer."""
+    if wrong.shape[-1] > 1:
+        return
+    answer, wrong = torch.broadcast_tensors(answer, wrong)
+    places = (answer == wrong).nonzero()
+    if len(places):
+        row, *_ = place = tuple(places[0].tolist())
+        token = answer[place]
+        warnings.warn(
+            f"The answer{f' of prompt {row}' if len(answer) > 1 else ''} and its incorrect answer"
+            f" are one token, {token_strings(model, token[None])[0]!r} (id {int(token)}): their"
+            " difference is 0.",
+            stacklevel=3,
+        )
+
+
 def token_ids(model: Any, tokens: Any, texts: Sequence[str] | None = None) -> Int[Tensor, "..."]:
     """Strings and ids, nested as given, as a tensor of ids inside the vocabulary.
 
     Raises:
         TokenError: naming the pieces of a string that is not one token, or the id out of range.
     """
-    if isinstance(tokens, str):
-        ids = torch.tensor(single_token(model, tokens, texts))
-    elif isinstance(tokens, Tensor):
-        ids = tokens.detach()
-    elif isinstance(tokens, Sequence):
-        parts = [token_ids(model, token, texts) for token in tokens]
-        if not parts or len({part.shape for part in parts}) != 1:
-            raise TokenError(
-                f"Answers must form a rectangle with at least one token; {tokens!r} does not."
-            )
-        ids = torch.stack([part.cpu() for part in parts])
-    else:
+    strings = _Strings(model, texts)
+    ids = strings.ids(tokens)
+    strings.question()
+    return ids
+
+
+class _Strings:
+    """Answers as ids, and the words among them that may lack the space before them."""
+
+    def __init__(self, model: Any, texts: Sequence[str] | None) -> None:
+        self.model = model
+        self.inside = texts is not None and not all(
+            t[-1:].isspace() or t[-1:] in "\"'([" for t in texts
+        )
+        self.without_space: dict[str, int] = {}
+
+    def ids(self, tokens: Any, name: str = "Answers") -> Int[Tensor, "..."]:
+        """The ids, on the model's device."""
+        ids = self._nested(tokens, name)
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TokenError(f"Answers must be strings or integer token ids; {tokens!r} was given.")
+        if not ids.numel():
+            raise TokenError(f"{name} must hold at least one token; {tokens!r} was given.")
+        cfg = self.model.cfg
+        d_vocab = getattr(cfg, "d_vocab_out", None) or cfg.d_vocab
+        d_vocab = cfg.d_vocab if d_vocab < 1 else d_vocab
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= d_vocab:
+            bad = low if low < 0 else high
+            raise TokenError(f"Token id {bad} is outside the vocabulary of {d_vocab} tokens.")
+        return ids.long().to(device_of(self.model))
+
+    def _nested(self, tokens: Any, name: str) -> Tensor:
+        if isinstance(tokens, str):
+            return torch.tensor(self._single(tokens))
+        if isinstance(tokens, Tensor):
+            return tokens.detach()
+        tokens = (
+            tokens.tolist() if getattr(getattr(tokens, "dtype", 0), "kind", "") == "U" else tokens
+        )
+        if isinstance(tokens, Sequence) and not isinstance(tokens, bytes):
+            parts = [self._nested(token, name) for token in tokens]
+            if not parts:
+                raise TokenError(f"{name} must hold at least one token; an empty list was given.")
+            if len({part.shape for part in parts}) != 1:
+                raise TokenError(f"{name} must form a rectangle; {tokens!r} does not.")
+            return torch.stack([part.cpu() for part in parts])
         try:
-            ids = torch.as_tensor(tokens)
+            return torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TokenError(
                 f"Answers must be strings or integer token ids; {tokens!r} was given."
             ) from error
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TokenError(f"Answers must be strings or integer token ids; {tokens!r} was given.")
-    d_vocab = getattr(model.cfg, "d_vocab_out", None) or model.cfg.d_vocab
-    if d_vocab < 1:
-        d_vocab = model.cfg.d_vocab
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= d_vocab):
-        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise TokenError(f"Token id {bad} is outside the vocabulary of {d_vocab} tokens.")
-    return ids.long().to(next(iter(model.parameters())).device)
 
-
-def single_token(model: Any, text: str, texts: Sequence[str] | None = None) -> int:
-    """The id of a string that must be one token; see `token_ids`."""
-    require_tokenizer(model, "answers")
-    pieces = _pieces(model, text)
-    spaced = [] if text.startswith(" ") else _pieces(model, f" {text}")
-    if len(pieces) == 1:
-        after_space = texts is not None and all(
-            t[-1:].isspace() or t[-1:] in "\"'([" for t in texts
-        )
-        if len(spaced) == 1 and spaced != pieces and texts is not None and not after_space:
-            warnings.warn(
-                f"The answer {text!r} has no leading space; inside a sentence the token is usually"
-                f" {' ' + text!r}. Pass that, or the id {pieces[0]} to mean this one.",
-                stacklevel=2,
+    def _single(self, text: str) -> int:
+        require_tokenizer(self.model, "answers")
+        pieces = _pieces(self.model, text)
+        spaced = [] if text.startswith(" ") else _pieces(self.model, f" {text}")
+        if len(pieces) == 1:
+            if self.inside and len(spaced) == 1 and spaced != pieces:
+                self.without_space[text] = pieces[0]
+            return pieces[0]
+        if not pieces:
+            raise TokenError(f"The answer {text!r} is no token: give a string that is one token.")
+        parts = ", ".join(repr(part) for part in token_strings(self.model, torch.tensor(pieces)))
+        if len(spaced) == 1:
+            hint = f"with a leading space, {' ' + text!r}, it is one"
+        else:
+            hint = (
+                "attribute its first token, or all of them with answer_tokens as ids per position"
             )
-        return pieces[0]
-    if not pieces:
-        raise TokenError(f"The answer {text!r} is no token: give a string that is one token.")
-    parts = ", ".join(repr(part) for part in token_strings(model, torch.tensor(pieces)))
-    if len(spaced) == 1:
-        hint = f"with a leading space, {' ' + text!r}, it is one"
-    else:
-        hint = "attribute its first token, or all of them with answer_tokens as ids per position"
-    raise TokenError(f"The answer {text!r} is {len(pieces)} tokens ({parts}): {hint}.")
+        raise TokenError(f"The answer {text!r} is {len(pieces)} tokens ({parts}): {hint}.")
+
+    def question(self) -> None:
+        """Warn once of all words without a space that are usually written with one."""
+        if not self.without_space:
+            return
+        (text, token), *others = self.without_space.items()
+        more = f" (also without: {', '.join(repr(x) for x, _ in others[:3])})" if others else ""
+        warnings.warn(
+            f"The answer {text!r} has no leading space{more}; inside a sentence the token is"
+            f" usually {' ' + text!r}. Pass that, or the id {token} to mean this one.",
+            stacklevel=3,
+        )
 
 
 def _pieces(model: Any, text: str) -> list[int]:

@@ -1,19 +1,25 @@
-"""Prompts and positions: what a user may write, made into tensors, or one clear sentence.
+"""Prompts: what a user may write, made into tensors, or one clear sentence.
 
-Positions count the real tokens of each prompt: 0 is its first, -1 its last, whatever the padding.
 Prompts of different lengths are padded on the right when the model runs, where a causal model
 cannot see the padding, so each prompt gives what it gives alone.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError, TokenError
+from tl_dla.inputs.models import device_of
+
+# A prompt, several, or token ids, `[pos]` or `[batch, pos]`.
+Input = str | Sequence[Any] | Shaped[Tensor, "*batch pos"] | np.ndarray
 
 # ---- prompts -----------------------------------------------------------------------------------
 
@@ -22,63 +28,82 @@ from tl_dla.errors import ArgumentError, TokenError
 class Prompts:
     """Tokens `[batch, pos]` as laid out, and for each prompt where its real tokens are.
 
-    `width` is how wide the model sees them, where that is more than the longest.
+    `width` is how wide the model sees them, where that is more than the longest. `known` is False
+    where a cache came without its input: the tokens are then zeros of the cache's shape.
     """
 
     tokens: Int[Tensor, "batch pos"]
     start: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"]
     width: int | None = None
+    known: bool = True
 
     @property
     def packed(self) -> Int[Tensor, "batch pos"]:
         """The real tokens first, padding after them: what the model is run on."""
+        return self.pack(self.tokens)
+
+    def pack(self, x: Shaped[Tensor, "batch pos_in ..."]) -> Shaped[Tensor, "batch pos_out ..."]:
+        """What is laid out as the tokens are, with that of the real tokens first."""
         longest = self.width or int(self.length.max())
         if not bool(self.start.any()):
-            return self.tokens[:, :longest]
-        index = torch.arange(longest, device=self.tokens.device)
-        index = (self.start[:, None] + index).clamp(max=self.tokens.shape[1] - 1)
-        return self.tokens.gather(1, index)
+            return x[:, :longest]
+        index = torch.arange(longest, device=x.device)
+        index = (self.start.to(x.device)[:, None] + index).clamp(max=x.shape[1] - 1)
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """Which of the packed tokens are real."""
+        longest = self.width or int(self.length.max())
+        return torch.arange(longest, device=self.length.device) < self.length[:, None]
+
+    def tiled(self, copies: int) -> "Prompts":
+        """The prompts several times over."""
+        tokens, start = self.tokens.repeat(copies, 1), self.start.repeat(copies)
+        return replace(self, tokens=tokens, start=start, length=self.length.repeat(copies))
 
     def part(self, rows: slice) -> "Prompts":
         """Some of the prompts, as wide as all of them."""
         tokens = self.packed
         start = torch.zeros_like(self.start)
-        return Prompts(tokens[rows], start[rows], self.length[rows], tokens.shape[1])
+        return Prompts(tokens[rows], start[rows], self.length[rows], tokens.shape[1], self.known)
 
 
 def read_prompts(
     model: Any,
-    input: str | Sequence[str] | Int[Tensor, "*batch pos"],
+    input: Input | None,
     *,
     prepend_bos: bool | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    attention_mask: Shaped[Tensor, "... pos"] | None = None,
 ) -> Prompts:
     """Strings or tokens as `Prompts`.
 
     A batch of token ids that is padded is recognised by the runs of the tokenizer's padding token
     at the ends of its rows (as `transformer_lens.utilities.get_attention_mask` does), or told by
-    `attention_mask`.
+    `attention_mask`. Lists of ids hold no padding, and may be of different lengths.
 
     Raises:
+        ArgumentError: where there is no input, or a mask for what needs none.
         TokenError: for an empty prompt, a doubled BOS, ids outside the vocabulary, a prompt longer
-            than the model's context.
+            than the model's context, tokens that may be padding or the prompt's own.
     """
-    if isinstance(input, Tensor):
+    if input is None:
+        raise ArgumentError("Give `input` to run the model on, or a `cache` of such a run.")
+    given = _as_tokens(input)
+    if attention_mask is not None and not isinstance(given, Tensor):
+        raise ArgumentError(
+            "attention_mask says which tokens of a padded tensor are real; prompts as strings or"
+            " lists are padded by this call: leave the mask out, or give token ids [batch, pos]."
+        )
+    if isinstance(given, Tensor):
         if attention_mask is None:
-            prompts = _from_tokens(model, input)
+            prompts = _from_tokens(model, given)
         else:
-            prompts = _from_mask(model, input, attention_mask)
+            prompts = _from_mask(model, given, torch.as_tensor(attention_mask))
     else:
-        if not isinstance(input, str | Sequence) or isinstance(input, bytes):
-            raise TokenError(
-                "A prompt must be a string, a list of strings or a tensor of token ids; a"
-                f" {type(input).__name__} was given."
-            )
-        texts = [input] if isinstance(input, str) else list(input)
-        rows = [_tokenize(model, text, prepend_bos) for text in texts]
-        if not rows:
-            raise TokenError("The prompt is empty: an empty list was given; give a prompt or more.")
+        rows = [_read_row(model, prompt, prepend_bos) for prompt in given]
+        _question_spaces(model, given, rows)
         length = torch.tensor([len(row) for row in rows], device=rows[0].device)
         tokens = torch.nn.utils.rnn.pad_sequence(
             rows, batch_first=True, padding_value=_pad_id(model)
@@ -86,6 +111,73 @@ def read_prompts(
         prompts = Prompts(tokens, torch.zeros_like(length), length)
     _check_prompts(model, prompts)
     return prompts
+
+
+def texts_of(input: Any) -> list[str] | None:
+    """The prompts as text, where they were given so."""
+    texts = [input] if isinstance(input, str) else input
+    ok = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+    return list(texts) if ok else None
+
+
+def _as_tokens(input: Any) -> Tensor | list[Any]:
+    """A tensor of ids, or a list of prompts that are each a string or a list of ids."""
+    if isinstance(input, Tensor):
+        return input
+    if isinstance(input, np.ndarray | np.integer):
+        if input.dtype.kind in "US":
+            return np.atleast_1d(input).tolist()
+        return torch.as_tensor(input) if input.dtype.kind in "iuf" else [input]
+    if isinstance(input, str):
+        return [input]
+    if not isinstance(input, Sequence) or isinstance(input, bytes):
+        raise TokenError(
+            "A prompt must be a string, a list of strings or a tensor of token ids; a"
+            f" {type(input).__name__} was given."
+        )
+    if not input:
+        raise TokenError("The prompt is empty: an empty list was given; give a prompt or more.")
+    return [list(input)] if all(_is_id(token) for token in input) else list(input)
+
+
+def _is_id(token: Any) -> bool:
+    scalar = isinstance(token, Tensor | np.ndarray) and token.ndim == 0
+    return scalar or isinstance(token, Integral) and not isinstance(token, bool)
+
+
+def _read_row(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
+    if isinstance(prompt, str):
+        return _tokenize(model, prompt, prepend_bos)
+    if isinstance(prompt, Tensor | np.ndarray):
+        ids = torch.as_tensor(prompt)
+    elif isinstance(prompt, Sequence) and all(_is_id(token) for token in prompt):
+        ids = torch.tensor([int(token) for token in prompt], dtype=torch.long)
+    else:
+        raise TokenError(
+            "A prompt must be a string, token ids or a tensor of them; a list held a"
+            f" {type(prompt).__name__}{', ' + repr(prompt) if isinstance(prompt, list) else ''}."
+        )
+    if not ids.numel():
+        raise TokenError("The prompt is empty: a list held no tokens; give at least one token.")
+    if ids.ndim != 1:
+        raise TokenError(
+            f"Each prompt in a list is one row of token ids; one has shape {tuple(ids.shape)}."
+        )
+    return _token_rows(model, ids)[0]
+
+
+def _question_spaces(model: Any, texts: Sequence[Any], rows: Sequence[Tensor]) -> None:
+    """Warn where a prompt ends with a space that is a token of its own."""
+    for text, row in zip(texts, rows, strict=True):
+        if isinstance(text, str) and text.endswith(" ") and text.strip():
+            if not token_strings(model, row[-1:])[0].strip():
+                warnings.warn(
+                    f"The prompt {text[-24:]!r} ends with a space, which is a token of its own;"
+                    " words usually hold the space before them: leave it out, and give the answer"
+                    " with its space.",
+                    stacklevel=3,
+                )
+                return
 
 
 def _pad_id(model: Any) -> int:
@@ -101,12 +193,7 @@ def require_tokenizer(model: Any, what: str) -> Any:
     return tokenizer
 
 
-def _tokenize(model: Any, text: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
-    if not isinstance(text, str):
-        raise TokenError(
-            f"A prompt must be a string or a tensor of token ids; a list held a"
-            f" {type(text).__name__}."
-        )
+def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
     tokenizer = require_tokenizer(model, "prompts")
     if not text:
         raise TokenError('The prompt is empty: "" was given; give at least one token.')
@@ -148,7 +235,7 @@ def _token_rows(model: Any, tokens: Tensor) -> Int[Tensor, "batch pos"]:
             "Prompts as tokens must be integers [pos] or [batch, pos] with at least one token;"
             f" a {tokens.dtype} tensor of shape {tuple(tokens.shape)} was given."
         )
-    return tokens.to(next(iter(model.parameters())).device)
+    return tokens.long().to(device_of(model))
 
 
 def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
@@ -163,11 +250,27 @@ def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
     if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         # Not only padding: but the longest prompt has none, so what every row starts or ends with
         # is its own.
+        _require_told(start, after, tokenizer.decode([pad]))
         start, after = start - start.min(), after - after.min()
         after = torch.where(start > 0, 0, after)
     elif not bool(real.any(-1).all()):
         raise TokenError("A prompt is empty: one holds nothing but padding.")
     return Prompts(tokens, start, pos - start - after)
+
+
+def _require_told(start: Int[Tensor, " batch"], after: Int[Tensor, " batch"], pad: str) -> None:
+    """Raise where one token at an end of some rows, and none of others, may be padding or not.
+
+    Longer runs are padding, and what every row begins or ends with is its own.
+    """
+    for where, count in (("starts", start), ("ends", after)):
+        other = after if count is start else start
+        if int(count.min()) == 0 and int(count.max()) == 1 and not bool(other.any()):
+            raise TokenError(
+                f"Prompt {int(count.argmax())} {where} with {pad!r}, which may be its own or"
+                " padding, as not all do: say which tokens are real with attention_mask=, or give"
+                " the prompts as lists of ids."
+            )
 
 
 def _check_prompts(model: Any, prompts: Prompts) -> None:
@@ -197,104 +300,6 @@ def _check_prompts(model: Any, prompts: Prompts) -> None:
             raise TokenError(
                 f"Prompt {row} starts with two BOS tokens ({tokenizer.bos_token!r}): remove one."
             )
-
-
-# ---- positions ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """The positions attributed, of each prompt: `index` counts its real tokens from 0.
-
-    `valid` is False where a prompt is too short to have the position that others have. `every`
-    says that they are all positions in order, and `shared` that one position is the same in every
-    prompt, so that nothing need be gathered.
-    """
-
-    index: Int[Tensor, "batch pos"]
-    valid: Bool[Tensor, "batch pos"]
-    single: bool
-    every: bool
-    shared: int | None = None
-
-    def take(
-        self, x: Shaped[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
-    ) -> Shaped[Tensor, "batch ..."]:
-        """The activations `[batch, pos, …]` at these positions.
-
-        `start` says where the prompts begin in their layout.
-        """
-        batch = self.index.shape[0]
-        if x.shape[0] == 1 and batch > 1:
-            x = x.expand(batch, *x.shape[1:])
-        if start is None and self.every:
-            return x[:, : self.index.shape[1]]
-        if start is None and self.shared is not None:
-            return x[:, self.shared : self.shared + 1]
-        index = self.index if start is None else self.index + start[:, None]
-        rows = torch.arange(batch, device=x.device)[:, None]
-        return x[rows, index.to(x.device)]
-
-    def squeeze(self, x: Float[Tensor, "..."], axis: int = 1) -> Float[Tensor, "..."]:
-        """Drop the position axis where one position was asked for."""
-        return x.squeeze(axis) if self.single else x
-
-    def part(self, rows: slice) -> "Positions":
-        """The positions of some of the prompts."""
-        return replace(self, index=self.index[rows], valid=self.valid[rows])
-
-
-def read_positions(pos: Any, prompts: Prompts) -> Positions:
-    """`pos` as TransformerLens's `Slice` reads it.
-
-    An int, a list, tensor or array of ints, a tuple or `slice`, a `Slice`, or None for every
-    position.
-
-    Raises:
-        TokenError: for a position that a prompt does not have.
-    """
-    from transformer_lens.utilities import Slice
-
-    if isinstance(pos, Slice):
-        pos = pos.slice
-    if isinstance(pos, tuple):
-        pos = slice(*pos)
-    lengths = prompts.length.tolist()
-    if pos is None:
-        pos = slice(None)
-    if isinstance(pos, slice):
-        rows = [list(range(n))[pos] for n in lengths]
-        if not all(rows):
-            raise TokenError(f"pos={pos!r} selects no position of prompt {rows.index([])}.")
-        single = False
-    else:
-        try:
-            wanted = torch.as_tensor(pos)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
-            ) from error
-        if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.ndim > 1:
-            raise ArgumentError(
-                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
-            )
-        single = wanted.ndim == 0
-        flat = wanted.reshape(-1).tolist()
-        for row, n in enumerate(lengths):
-            for p in flat:
-                if not -n <= p < n:
-                    raise TokenError(
-                        f"Position {p} is outside prompt {row}, which has {n} tokens"
-                        f" (0 to {n - 1}, or -{n} to -1)."
-                    )
-        rows = [[p % n for p in flat] for n in lengths]
-    width = max(map(len, rows))
-    device = prompts.tokens.device
-    index = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    every = isinstance(pos, slice) and pos == slice(None)
-    shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
-    return Positions(index, valid.to(device), single, every, shared)
 
 
 # ---- tokens as text ----------------------------------------------------------------------------

@@ -1,28 +1,19 @@
-"""Reading a model's hooks and norms: the base of `ModelReader`."""
+"""A norm: γ, β, centring and scale; and the norms of a model, read wherever they stand.
 
-from collections.abc import Mapping
+    y = γ ⊙ (x − mean) / s + β        LayerNorm
+    y = γ ⊙ x / s                     RMSNorm
+
+With s frozen at its value in a forward pass, y is linear in x.
+"""
+
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place to read: a hook, or where there is none, what a module returns or is given."""
-
-    name: str
-    module: nn.Module
-    inputs: bool = False
-
-    @property
-    def hooked(self) -> bool:
-        """Whether the place is a hook, which a cache can hold."""
-        return hasattr(self.module, "fwd_hooks")
+from tl_dla.model.hooks import Hooks, Site, compute_dtype, parameter, unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +22,10 @@ class Norm:
 
     name: str
     site: Site
-    gamma: Float[Tensor, " d_model"] | None
-    beta: Float[Tensor, " d_model"] | None
+    gamma: Float[Tensor, "*head width"] | None
+    beta: Float[Tensor, "*head width"] | None
     centred: bool
-    eps: float
+    norm_eps: float
 
     def scale(self, seen: Float[Tensor, "... width"]) -> Float[Tensor, "..."]:
         """s, from what `site` shows: the model's own `hook_scale`, or the norm's input."""
@@ -43,80 +34,54 @@ class Norm:
             return seen[:, :, 0, 0] if seen.ndim == 4 else seen[..., 0]
         return self.scale_of(seen)
 
-    def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    def scale_of(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
         """The scale s, computed from the norm's input."""
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        return (x.square().mean(-1) + self.eps).sqrt()
+        return (x.square().mean(-1) + self.norm_eps).sqrt()
 
+    def through(
+        self, x: Float[Tensor, "*batch width"], scale: Float[Tensor, "*stream"]
+    ) -> Float[Tensor, "*batch width"]:
+        """Forward with the scale frozen, without β: a linear map of x."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = x / scale[..., None]
+        return x if self.gamma is None else x * self.gamma.to(x)
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Contractions run in float64 for a float64 model, in float32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def is_bridge(model: Any) -> bool:
-    """Whether the model is a `TransformerBridge` (it wraps another) or a `HookedTransformer`."""
-    return hasattr(model, "original_model")
-
-
-def unwrap(module: Any) -> Any:
-    """The module that a bridge component wraps, or the module itself."""
-    return getattr(module, "original_component", None) or module
-
-
-def parameter(module: Any, name: str) -> Tensor | None:
-    """A weight or bias as it is used now, brought back from where `accelerate` offloaded it."""
-    value = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return None
-    if value.device.type == "meta":
-        from accelerate.utils import align_module_device
-
-        with align_module_device(unwrap(module)):
-            value = getattr(unwrap(module), name).clone()
-    return value.detach()
+    def forward(
+        self, x: Float[Tensor, "*batch width"], scale: Float[Tensor, "*stream"]
+    ) -> Float[Tensor, "*batch width"]:
+        """Forward with the scale frozen, β included: what the norm returns."""
+        y = self.through(x, scale)
+        return y if self.beta is None else y + self.beta.to(y)
 
 
 class NormReader:
-    """Hooks by name, and norms of either kind of model, folded or not."""
+    """The norms of either kind of model, folded or not."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.hooks: Mapping[str, Any] = model.hook_dict
-        self.is_bridge = is_bridge(model)
-
-    @property
-    def architecture(self) -> str:
-        """What the model calls itself, for messages."""
-        cfg = self.model.cfg
-        return str(
-            getattr(cfg, "architecture", None)
-            or getattr(cfg, "original_architecture", None)
-            or getattr(cfg, "model_name", None)
-            or type(self.model).__name__
-        )
-
-    def site(self, name: str) -> Site | None:
-        """The hook of that name or alias, under its own name; None where there is none."""
-        hook = self.hooks.get(name)
-        return None if hook is None else Site(hook.name or name, hook)
+    def __init__(self, hooks: Hooks) -> None:
+        self.hooks, self.model = hooks, hooks.model
 
     def norm(self, module: Any, name: str) -> Norm:
-        """A LayerNorm or RMSNorm of either kind of model, folded or not."""
-        inner, cfg = unwrap(module), self.model.cfg
-        site = self.site(f"{name}.hook_scale") or self.site(f"{name}.hook_in")
+        """A LayerNorm or RMSNorm of the stream: its input or its scale is a hook."""
+        hooks = self.hooks
+        site = hooks.site(f"{name}.hook_scale") or hooks.site(f"{name}.hook_in")
         if site is None:
             raise UnsupportedModelError(
-                f"{self.architecture} shows neither the scale nor the input of its norm {name},"
+                f"{hooks.architecture} shows neither the scale nor the input of its norm {name},"
                 " so nothing can be read back through it."
             )
+        return self.norm_at(module, name, site)
+
+    def norm_at(self, module: Any, name: str, site: Site) -> Norm:
+        """A LayerNorm or RMSNorm whose input or scale `site` shows."""
+        inner, cfg, is_bridge = unwrap(module), self.model.cfg, self.hooks.is_bridge
         if hasattr(module, "uses_rms_norm"):
             centred = not module.uses_rms_norm
         else:
             centred = "RMS" not in type(inner).__name__
-        gamma = parameter(module, "w") if not self.is_bridge else parameter(inner, "weight")
-        beta = parameter(module, "b") if not self.is_bridge else parameter(inner, "bias")
+        gamma = parameter(module, "w") if not is_bridge else parameter(inner, "weight")
+        beta = parameter(module, "b") if not is_bridge else parameter(inner, "bias")
         if type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge"):
             gamma = beta = None
         if beta is not None and not bool(beta.any()):
@@ -128,7 +93,7 @@ class NormReader:
             offset = offset and hasattr(module, "uses_rms_norm")
         if gamma is not None:
             gamma = gamma.to(compute_dtype(gamma.dtype)) + (1.0 if offset else 0.0)
-        eps = next(
+        norm_eps = next(
             (
                 float(getattr(place, attribute))
                 for place in (inner, module)
@@ -137,21 +102,80 @@ class NormReader:
             ),
             float(getattr(cfg, "eps", 1e-5)),
         )
-        return Norm(name, site, gamma, beta, centred, eps)
+        return Norm(name, site, gamma, beta, centred, norm_eps)
+
+    def final_norm(self) -> Norm | None:
+        """The norm between the stream and the unembedding; None where there is none."""
+        module = self.model._modules.get("ln_final")
+        if module is None or isinstance(module, nn.Identity):
+            return None
+        if self.hooks.is_bridge and self.hooks.site("ln_final.hook_scale") is None:
+            if isinstance(unwrap(module), nn.Identity) or not _normalises(module):
+                return None
+        return self.norm(module, "ln_final")
 
     def post_norm(self, layer: int, name: str) -> Norm | None:
         """The norm that a sublayer's output passes through before it joins the stream."""
-        block = self.model.blocks[layer]
+        block, hooks = self.model.blocks[layer], self.hooks
         module = block._modules.get(f"{name}_post")
-        if module is not None and (not self.is_bridge or module.original_component is not None):
+        if module is not None and (not hooks.is_bridge or module.original_component is not None):
             return self.norm(module, f"blocks.{layer}.{name}_post")
-        written = self.site(f"blocks.{layer}.hook_{'attn' if name == 'ln1' else 'mlp'}_out")
+        written = hooks.site(f"blocks.{layer}.hook_{'attn' if name == 'ln1' else 'mlp'}_out")
         if written is not None and written.name == f"blocks.{layer}.{name}.hook_out":
             return self.norm(block._modules[name], f"blocks.{layer}.{name}")
-        if not self.is_bridge:
+        if not hooks.is_bridge:
             from transformer_lens.components import transformer_block
 
             after = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
             if self.model.cfg.original_architecture in after:
                 return self.norm(getattr(block, name), f"blocks.{layer}.{name}")
         return None
+
+    def attention_norm(self, layer: int) -> Norm | None:
+        """The norm that attention reads the stream through.
+
+        None where it reads the stream itself, or where the norm is a step of the stream.
+        """
+        return self._before(layer, "ln1")
+
+    def mlp_norm(self, layer: int) -> Norm | None:
+        """The norm that the MLP reads the stream through: ln2, or attention's where they share it.
+
+        None where it reads the stream itself, or where the norm is a step of the stream.
+        """
+        shared = self.parallel(layer) and "ln2" not in self.model.blocks[layer]._modules
+        return self._before(layer, "ln1" if shared else "ln2")
+
+    def parallel(self, layer: int) -> bool:
+        """Whether the MLP reads the stream as it was before the layer's attention wrote."""
+        if not self.hooks.is_bridge:
+            return bool(self.model.cfg.parallel_attn_mlp)
+        return "Parallel" in type(self.model.blocks[layer]).__name__
+
+    def _before(self, layer: int, name: str) -> Norm | None:
+        module = self.model.blocks[layer]._modules.get(name)
+        if module is None or getattr(module, "original_component", module) is None:
+            return None
+        after = self.post_norm(layer, name)
+        if after is not None and after.name.endswith(name) or self.on_stream(layer) != "none":
+            return None
+        if isinstance(module, nn.Identity) or (self.hooks.is_bridge and not _normalises(module)):
+            return None
+        return self.norm(module, f"blocks.{layer}.{name}")
+
+    def on_stream(self, layer: int) -> Literal["none", "before", "after"]:
+        """Whether ln1 and ln2 act on the stream itself, before each write or after it."""
+        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        if getattr(inner, "apply_residual_connection_post_layernorm", False):
+            return "before"
+        names = list(block._modules)
+        if not {"attn", "ln1", "ln2"} <= set(names):
+            return "none"
+        post = getattr(inner, "do_layer_norm_before", None) is False
+        if "ln_final" not in self.model._modules and self.hooks.is_bridge:
+            post = post or names.index("attn") < names.index("ln1")
+        return "after" if post else "none"
+
+
+def _normalises(module: Any) -> bool:
+    return "norm" in type(unwrap(module)).__name__.lower()

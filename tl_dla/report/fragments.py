@@ -1,31 +1,23 @@
-"""The words and tables of a report, as HTML: everything in it but the figures.
-
-What a user wrote (prompts, tokens, the command) is escaped where it enters.
-"""
+"""What a report says beside its figures, as data; `page.html` lays it out and escapes it."""
 
 import platform
-from html import escape
+from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 import torch
 
+from tl_dla.analyses.head_patterns import HeadPattern, HeadPatterns
+from tl_dla.core.result import Attribution
+from tl_dla.core.view import prompt_tokens
 from tl_dla.figures import theme
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
-from tl_dla.figures.charts import number
-from tl_dla.figures.table import table_html
-from tl_dla.figures.view import has_tokens
-from tl_dla.inputs.tokens import token_strings
-
-if TYPE_CHECKING:
-    from tl_dla.analyses.head_patterns import HeadPattern, HeadPatterns
-    from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.figures.text import number
 
 _PACKAGES = ("tl-dla", "transformer-lens", "torch", "transformers", "plotly", "circuitsvis")
 _MOST_TOKENS = 160  # of an attention pattern, whose size grows with their square
 
 
-def model(result: "DirectLogitAttribution") -> str:
+def model(result: Attribution) -> str:
     """The model in one line."""
     cfg, reader = result.model.cfg, result.plan.reader
     name = str(getattr(cfg, "model_name", None) or "")
@@ -36,138 +28,158 @@ def model(result: "DirectLogitAttribution") -> str:
     return " · ".join([*words, f"TransformerLens {type(result.model).__name__}"])
 
 
-def _tokens(result: "DirectLogitAttribution", prompt: int) -> list[str]:
-    length = int(result.prompts.length[prompt])
-    return token_strings(result.model, result.prompts.packed[prompt, :length])
+@dataclass(frozen=True)
+class Token:
+    """A token of a prompt; what its title says, whether it is marked, and its colour."""
+
+    text: str
+    title: str
+    read: bool = False
+    colour: str = ""
 
 
-def prompts(result: "DirectLogitAttribution") -> str:
-    """Every prompt with its attributed positions marked."""
-    if not has_tokens(result):
-        return '<p class="soft">From a cache that came without its tokens.</p>'
-    lines = []
+def prompts(result: Attribution) -> list[list[Token]]:
+    """Every prompt with its attributed positions marked; none where they are not known."""
+    if not result.has_tokens:
+        return []
+    found = []
     for b in range(len(result.prompts.tokens)):
         marked = set(result.positions.index[b][result.positions.valid[b]].tolist())
-        spans = "".join(
-            f'<span class="{"token read" if i in marked else "token"}" title="position {i}">'
-            f"{escape(token)}</span>"
-            for i, token in enumerate(_tokens(result, b))
-        )
-        lines.append(f'<p class="prompt" title="prompt {b}">{spans}</p>')
-    return f'<div class="many">{"".join(lines)}</div>'
+        tokens = enumerate(prompt_tokens(result, b))
+        found.append([Token(token, f"position {i}", i in marked) for i, token in tokens])
+    return found
 
 
-def logit(result: "DirectLogitAttribution") -> str:
+@dataclass(frozen=True)
+class Logit:
     """The model's own logit in words, and its range where there are several."""
+
+    name: str
+    value: str
+    range: str = ""
+
+
+def logit(result: Attribution) -> Logit:
+    """The model's own logit, or what a path's rows add up to."""
     own = result.logit[~result.logit.isnan()].double()
     what = "logit difference" if result.targets.weights.shape[1] > 1 else "logit"
-    if not result.plan.include_bias:
+    if not result.include_bias:
         what += " without its biases"
-    whose = f"Row {escape(result.path[-1])} of the" if result.path else "The model’s own"
+    name = f"{f'Row {result.path[-1]} of the' if result.path else 'The model’s own'} {what}"
     if own.numel() == 1:
-        return f"{whose} {what}: <b>{number(float(own))}</b>"
-    return (
-        f"{whose} {what}: mean <b>{number(float(own.mean()))}</b>, from"
-        f" {number(float(own.min()))} to {number(float(own.max()))} over {own.numel()} values"
-    )
+        return Logit(name, number(float(own)))
+    low, high = number(float(own.min())), number(float(own.max()))
+    between = f"from {low} to {high} over {own.numel()} values"
+    return Logit(f"{name}: mean", number(float(own.mean())), between)
 
 
-def numbers(result: "DirectLogitAttribution") -> str:
-    """All rows in numbers; the 200 largest of more."""
-    k = None if len(result) <= 200 else 200
-    which = "all rows" if k is None else f"the {k} largest of {len(result)} rows"
-    table = f'<div class="scroll">{table_html(result, k)}</div>'
-    return f"<details><summary>{which} in numbers</summary>{table}</details>"
+@dataclass(frozen=True)
+class Certified:
+    """One certificate, at the position where it is farthest off."""
+
+    passed: bool
+    name: str
+    cells: list[str]
 
 
-def certificate(result: "DirectLogitAttribution") -> str:
-    """Every certificate of the result as a table: the whole, and each refined row."""
+def certificates(result: Attribution) -> list[Certified]:
+    """Every certificate of the result: the whole, and each row that others split."""
     whole = result.reconstruction
-    named = [(f"rows against {whole.against}", whole), *whole.parts.items()]
+    what = "final_post and the biases" if result.unit == "layer" else "rows"
     lines = []
-    for name, part in named:
+    for name, part in [(f"{what} against {whole.against}", whole), *whole.parts.items()]:
         worst = int((part.error - part.tolerance).nan_to_num(-torch.inf).argmax())
-        values = [x.flatten()[worst] for x in (part.expected, part.reconstructed)]
-        errors = [x.flatten()[worst] for x in (part.error, part.tolerance)]
-        cells = [f"{float(x):.6g}" for x in values] + [f"{float(x):.2g}" for x in errors]
-        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        mark = "✓" if bool((part.error <= part.tolerance.nan_to_num(0.0)).all()) else "✗"
-        lines.append(f"<tr><td>{mark} {escape(name)}</td>{numbers}</tr>")
-    columns = ("", "expected", "rows", "error", "rounding explains")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"
-    table = f'<table class="plain">{head}{"".join(lines)}</table>'
-    return (
-        '<section><h2>Certificate</h2><p class="soft">The rows against what the model returned, at'
-        " the position where they are farthest apart.</p>"
-        f'<div class="scroll many">{table}</div></section>'
-    )
+        values = [float(x.flatten()[worst]) for x in (part.expected, part.reconstructed)]
+        errors = [float(x.flatten()[worst]) for x in (part.error, part.tolerance)]
+        passed = bool((part.error <= part.tolerance.nan_to_num(0.0)).all())
+        cells = [f"{x:.6g}" for x in values] + [f"{x:.2g}" for x in errors]
+        lines.append(Certified(passed, name, cells))
+    return lines
 
 
-def made_by(command: str) -> str:
-    """The command that made the page, and the versions it was made with."""
-    versions = [("Python", platform.python_version())]
-    versions += [(name, metadata.version(name)) for name in _PACKAGES]
-    lines = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in versions)
-    return (
-        f"<section><h2>How this page was made</h2><pre>{escape(command)}</pre>"
-        f'<div class="scroll"><table class="plain">{lines}</table></div></section>'
-    )
+def versions() -> list[tuple[str, str]]:
+    """The releases that the page was made with."""
+    named = [(name, metadata.version(name)) for name in _PACKAGES]
+    return [("Python", platform.python_version()), *named]
 
 
 # ---- heads with their attention ----------------------------------------------------------------
 
 
-def heads(patterns: "HeadPatterns", prompt: int, style: AttentionStyle) -> str:
-    """Each head with what it reads and moves, then all their patterns, drawn by circuitsvis."""
+@dataclass(frozen=True)
+class Card:
+    """A head at the last attributed position of one prompt.
+
+    Attributes:
+        label: `L9H6`.
+        value: its row there.
+        mean: its row's mean over prompts and positions, where there are several.
+        pattern: the kind of its pattern over all prompts.
+        tokens: the prompt coloured by what the head moved from each token.
+        reads: of the tokens read most: the token, its position, attention and contribution.
+    """
+
+    label: str
+    value: str
+    mean: str
+    pattern: str
+    tokens: list[Token]
+    reads: list[tuple[str, int, str, str]]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Cards, and the patterns that circuitsvis draws, of the last tokens of a long prompt."""
+
+    cards: list[Card]
+    attention: AttentionView
+    cut: str
+
+
+def heads(
+    result: Attribution, patterns: HeadPatterns, prompt: int, style: AttentionStyle
+) -> Heads | None:
+    """Each head with what it reads and moves, then all their patterns; None without heads."""
     if not patterns:
-        return "<p>No head is above or below 0.</p>"
-    cards = "".join(_head(head, prompt) for head in patterns)
-    tokens = patterns[0].tokens[prompt]
+        return None
+    tokens = prompt_tokens(result, prompt)
     kept = min(len(tokens), _MOST_TOKENS)
     attention = torch.stack([head.pattern[prompt].cpu() for head in patterns])
     part = slice(len(tokens) - kept, len(tokens))
-    view = AttentionView(
-        tokens[part], attention[:, part, part], [head.label for head in patterns], style
-    )
-    cut = f" The last {kept} of {len(tokens)} tokens." if kept < len(tokens) else ""
-    return (
-        f'<div class="heads">{cards}</div><h3>Attention patterns</h3><p class="soft">Hover over a'
-        f" head, then over a token; a click holds either.{cut}</p>"
-        f'<div class="scroll">{view.element("attention")}</div>'
-    )
+    labels = [head.label for head in patterns]
+    cut = f"The last {kept} of {len(tokens)} tokens." if kept < len(tokens) else ""
+    view = AttentionView(tokens[part], attention[:, part, part], labels, style)
+    return Heads([_card(head, prompt, tokens) for head in patterns], view, cut)
 
 
-def _head(head: "HeadPattern", prompt: int) -> str:
-    """A head: its value, its kind, the prompt coloured by contribution, and what it reads most."""
-    value = float(head.value.nanmean())
+def _card(head: HeadPattern, prompt: int, tokens: list[str]) -> Card:
+    """The head's value is that of the prompt that is shown: what its tokens add up to."""
+    own = head.value[prompt].flatten()
+    own = own[~own.isnan()][-1]
+    several = int((~head.value.isnan()).sum())
+    mean = number(float(head.value.nanmean()))
     named = "" if head.kind == "other" else f" ({head.scores[head.kind]:.2f})"
-    reads = head.reads(len(head.tokens[prompt]), prompt=prompt)
-    lines = "".join(
-        f'<tr><td><code>{escape(repr(token))}</code></td><td class="n">{at}</td>'
-        f'<td class="n">{attention:.1%}</td><td class="n">{number(moved)}</td></tr>'
-        for token, at, attention, moved in reads[:5]
-    )
-    columns = ("reads", "position", "attention", "moves (logits)")
-    names = "<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"
-    mean = "mean " if head.value.numel() > 1 else ""
-    return (
-        f'<div class="head"><h3>{head.label} <span class="value">{mean}{number(value)}</span>'
-        f' <span class="soft">pattern: {head.kind}{named}</span></h3>'
-        f'<p class="prompt">{_coloured(reads)}</p><div class="scroll"><table class="plain">'
-        f"{names}{lines}</table></div></div>"
+    reads = head.reads(len(tokens), prompt=prompt)
+    return Card(
+        label=head.label,
+        value=number(float(own)),
+        mean=f"mean {mean} over {several}" if several > 1 else "",
+        pattern=f"{head.kind}{named}",
+        tokens=_coloured(reads, tokens),
+        reads=[
+            (repr(tokens[at]), at, f"{attention:.1%}", number(moved))
+            for _, at, attention, moved in reads[:5]
+        ],
     )
 
 
-def _coloured(reads: list[tuple[str, int, float, float]]) -> str:
+def _coloured(reads: list[tuple[str, int, float, float]], tokens: list[str]) -> list[Token]:
     """The tokens in their order, blue where the head moves the logit up from them, red down."""
-    largest = max(abs(moved) for *_, moved in reads) or 1.0
-    spans = []
-    for token, at, attention, moved in sorted(reads, key=lambda read: read[1]):
+    most = max(abs(moved) for *_, moved in reads) or 1.0
+    found = []
+    for _, at, attention, moved in sorted(reads, key=lambda read: read[1]):
         colour = theme.POSITIVE if moved >= 0 else theme.NEGATIVE
-        share = round(80 * abs(moved) / largest)
-        words = f"position {at}: attention {attention:.1%}, contribution {number(moved)}"
-        spans.append(
-            f'<span class="token" title="{words}" style="background:color-mix(in srgb,'
-            f' {colour} {share}%, transparent)">{escape(token)}</span>'
-        )
-    return "".join(spans)
+        mixed = f"color-mix(in srgb, {colour} {round(80 * abs(moved) / most)}%, transparent)"
+        title = f"position {at}: attention {attention:.1%}, contribution {number(moved)}"
+        found.append(Token(tokens[at], title, colour=mixed))
+    return found

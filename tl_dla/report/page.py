@@ -1,42 +1,46 @@
 """One self-contained HTML page of a result: figures, heads with their attention, the certificate.
 
 The page loads nothing: plotly and circuitsvis are packed into it once, and its content policy
-forbids any connection. Everything that a user wrote (prompts, tokens, the command) is
-escaped. The figures of other units than the result's own come from runs of the same model on the
-same tokens.
+forbids any connection. `page.html` is a jinja2 template that escapes everything it is given, so
+what a user wrote (prompts, tokens, the command) is text. The figures of other units than the
+result's own come from runs of the same model on the same tokens.
 """
 
 import json
-import re
+import os
+import threading
 from collections.abc import Callable
-from functools import partial
-from html import escape
-from importlib.resources import files
+from dataclasses import dataclass, field
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
 from tl_dla.analyses.logit_lens import logit_lens
-from tl_dla.attribution import assemble, make_plan
-from tl_dla.core.taps import run
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import again
+from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.figures import plots, theme
+from tl_dla.figures import embedded, plots, table, theme
 from tl_dla.figures.attention_view import DRAW, AttentionStyle
-from tl_dla.figures.view import certificate, headings, read, through
+from tl_dla.figures.charts import Look
+from tl_dla.figures.lens import lens_grid
+from tl_dla.figures.view import where
 from tl_dla.inputs.selection import Unit
-from tl_dla.report import embedded, fragments
-
-if TYPE_CHECKING:
-    from tl_dla.core.result import DirectLogitAttribution
+from tl_dla.report import fragments
 
 _MOST_POSITIONS = 48  # of the lens, whose cells hold text
+_MOST_ROWS = 200  # of a table of numbers
+_UNTITLED = Look(title="")  # a figure's title is the page's business
 
 
 def write_report(
-    result: "DirectLogitAttribution",
+    result: Attribution,
     path: str | PathLike[str],
     *,
     prompt: int = 0,
@@ -66,10 +70,24 @@ def write_report(
         raise ArgumentError(f"prompt must be one of the result's {n_prompts}; {prompt} was given.")
     page = _page(result, prompt % n_prompts, k, attention, command or f'result.report("{path}")')
     try:
-        path.write_text(page, encoding="utf-8")
+        _replace(path, page)
     except OSError as error:
         raise _unwritable(path, f"{error.strerror}") from error
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write aside, then rename: a full disk leaves no half page, and what was there stays."""
+    path = path.resolve()  # a link stays a link
+    if path.exists() and not path.is_file():  # a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    aside = path.with_name(f".tl_dla_{os.getpid()}_{threading.get_ident()}.html")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _require_writable(path: Path) -> None:
@@ -91,36 +109,74 @@ def _unwritable(path: Path, reason: str) -> ArgumentError:
 # ---- the page ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of the page: its element, its size in pixels, and what it shows in words."""
+
+    name: str
+    width: int
+    height: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page; of `refusal` and the rest, only what there is.
+
+    Attributes:
+        title: its heading.
+        text: what one sees.
+        note: which prompts the figure is of, and whether its rows add up.
+        figure: drawn by plotly.
+        numbers: the table behind the figure, with what it holds.
+        heads: cards of heads.
+        refusal: why the model has no such section.
+    """
+
+    title: str
+    text: str
+    note: list[str] = field(default_factory=list)
+    figure: Drawn | None = None
+    numbers: tuple[str, Markup] | None = None
+    heads: fragments.Heads | None = None
+    refusal: str = ""
+
+    @property
+    def id(self) -> str:
+        """The address of the section in the page."""
+        return self.title.lower().replace(" ", "-")
+
+
 class _Figures:
-    """The figures of a page, each in a div of its own."""
+    """The figures of a page, each in an element of its own."""
 
     def __init__(self) -> None:
         self.drawn: dict[str, Any] = {}
 
-    def add(self, figure: go.Figure) -> str:
-        """The div for a figure, whose title is the page's business."""
-        name = f"figure-{len(self.drawn)}"
-        layout = figure.layout
-        cut = min(layout.margin.t - 24, 70)
-        wanted = layout.width or 330
-        figure.update_layout(
-            title_text="",
-            width=None,
-            height=layout.height - cut,
-            margin_t=layout.margin.t - cut,
-            margin_l=4,
-            margin_r=4,
-            template=None,
-        )
+    def add(self, figure: go.Figure, label: str) -> Drawn:
+        """The element for a figure."""
+        name, layout = f"figure-{len(self.drawn)}", figure.layout
+        wanted, height = (layout.meta or {}).get("least", 330), layout.height
+        right = max(4, layout.margin.r - 16)
+        figure.update_layout(width=None, margin_l=4, margin_r=right, template=None)
         self.drawn[name] = json.loads(figure.to_json())
-        return (
-            f'<div class="figure"><div id="{name}" style="min-width:{wanted}px;'
-            f'height:{layout.height}px"></div></div>'
-        )
+        return Drawn(name, wanted, height, label)
+
+
+@cache
+def _template() -> Template:
+    pages = Environment(
+        loader=PackageLoader("tl_dla.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return pages.get_template("page.html")
 
 
 def _page(
-    result: "DirectLogitAttribution",
+    result: Attribution,
     prompt: int,
     k: int | None,
     attention: AttentionStyle,
@@ -128,26 +184,24 @@ def _page(
 ) -> str:
     figures = _Figures()
     sections = _sections(result, prompt, k, attention, figures)
-    title = f"What wrote the logit of {result.target}{through(result)}"
-    has_attention = 'class="attention"' in sections
-    passed = result.reconstruction.passed
-    parts = {
-        "title": escape(title),
-        "model": escape(fragments.model(result)),
-        "prompts": fragments.prompts(result),
-        "logit": fragments.logit(result),
-        "passed": "passed" if passed else "failed",
-        "certificate": escape(f"{'✓' if passed else '✗'} {result.reconstruction}"),
-        "sections": sections + fragments.certificate(result) + fragments.made_by(command),
-        "figures": embedded.as_json(figures.drawn),
-        "themes": embedded.as_json(_themes()),
-        "plotly": embedded.plotly(),
-        "circuitsvis": embedded.circuitsvis() if has_attention else "",
-        "scripts": embedded.UNPACK + DRAW,
-    }
-    template = (files("tl_dla.report") / "page.html").read_text(encoding="utf-8")
-    # In one pass, so that nothing that was put in is searched for names.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return _template().render(
+        title=f"What wrote the logit of {view_of(result).words.target}",
+        model=fragments.model(result),
+        prompts=fragments.prompts(result),
+        logit=fragments.logit(result),
+        passed=result.reconstruction.passed,
+        certificate=result.reconstruction,
+        sections=sections,
+        from_cache=not result.numbers.ran,
+        certificates=fragments.certificates(result),
+        command=command,
+        versions=fragments.versions(),
+        figures=Markup(embedded.as_json(figures.drawn)),
+        themes=Markup(embedded.as_json(_themes())),
+        plotly=Markup(embedded.plotly()),
+        circuitsvis=Markup(embedded.circuitsvis()) if any(s.heads for s in sections) else "",
+        scripts=Markup(embedded.UNPACK + DRAW),
+    )
 
 
 def _themes() -> dict[str, Any]:
@@ -167,15 +221,6 @@ def _stops(colours: list[str]) -> list[list[Any]]:
     return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
 
 
-def _section(title: str, explanation: str, body: Callable[[], str]) -> str:
-    """A section, or in its place the sentence that says why the model has none."""
-    try:
-        content = body()
-    except UnsupportedModelError as error:
-        content = f'<p class="soft">Not for this model: {escape(str(error))}</p>'
-    return f'<section><h2>{escape(title)}</h2><p class="soft">{explanation}</p>{content}</section>'
-
-
 # Each unit's section: what it is called, and what one sees.
 _UNITS: dict[Unit, tuple[str, str]] = {
     "component": (
@@ -191,74 +236,87 @@ _UNITS: dict[Unit, tuple[str, str]] = {
     "layer": (
         "Layer by layer",
         "The residual stream read with the final norm’s own scale: each step is what was written"
-        " there.",
+        " there, and the last reading and the biases are the logit.",
     ),
 }
 
 
 def _sections(
-    result: "DirectLogitAttribution",
+    result: Attribution,
     prompt: int,
     k: int | None,
     attention: AttentionStyle,
     figures: _Figures,
-) -> str:
-    def of(unit: Unit) -> str:
+) -> list[Section]:
+    """The sections with figures, or in place of one the sentence why the model has none."""
+
+    def section(title: str, text: str, body: Callable[[], dict[str, Any]]) -> Section:
+        try:
+            return Section(title, text, **body())
+        except UnsupportedModelError as error:
+            return Section(title, text, refusal=str(error))
+
+    def of(unit: Unit) -> dict[str, Any]:
         return _drawn(of_unit(result, unit), figures)
 
-    def top_heads() -> str:
+    def top_heads() -> dict[str, Any]:
         own = of_unit(result, "head")
         wanted = min(3, own.kinds.count("head")) if k is None else k
-        return fragments.heads(top_heads_with_patterns(own, wanted), prompt, attention)
+        patterns = top_heads_with_patterns(own, wanted)
+        return {"heads": fragments.heads(own, patterns, prompt, attention)}
 
-    alone = result.seen.logits is None  # from a cache, which may have come without its input
-    parts = []
+    def lens() -> dict[str, Any]:
+        return {"figure": _lens(result, prompt, figures)}
+
+    alone = not result.numbers.ran  # from a cache, which may have come without its input
+    found = []
     if result.unit not in _UNITS:
-        own = (f"By {result.unit}", "The rows of this result.")
-        parts.append(_section(*own, lambda: _drawn(result, figures)))
-    for unit, (title, explanation) in _UNITS.items():
+        of_own = partial(_drawn, result, figures)
+        found.append(section(f"By {result.unit}", "The rows of this result.", of_own))
+    for unit, (title, text) in _UNITS.items():
         if unit == result.unit or not alone:
-            parts.append(_section(title, explanation, partial(of, unit)))
+            found.append(section(title, text, partial(of, unit)))
     if alone:
-        return "\n".join([*parts, '<p class="soft">Made from a cache: nothing else was run.</p>'])
+        return found
     which = f" Prompt {prompt}." if len(result.prompts.tokens) > 1 else ""
     if result.targets.candidates is None:
-        explanation = (
+        text = (
             "The heads farthest above and below 0: where they look, and what they move from there."
             " Tokens are coloured by their contribution; a head’s contributions add up to its"
             f" value.{which}"
         )
-        parts.append(_section("Heads and what they read", explanation, top_heads))
-    explanation = (
+        found.append(section("Heads and what they read", text, top_heads))
+    text = (
         "The model’s prediction at each point of the stream, after each token. The norm’s"
         f" statistics are computed afresh at each point: these are not contributions.{which}"
     )
-    parts.append(_section("Logit lens", explanation, partial(_lens, result, prompt, figures)))
-    return "\n".join(parts)
+    found.append(section("Logit lens", text, lens))
+    return found
 
 
-def _drawn(result: "DirectLogitAttribution", figures: _Figures) -> str:
+def _drawn(result: Attribution, figures: _Figures) -> dict[str, Any]:
     """The figure, what it is of, its own certificate, and its numbers."""
-    view = read(result)
-    words = certificate(result) if len(view.samples) == 1 else headings(result, "", view)[1]
-    return f'<p class="soft">{words}</p>{figures.add(result.plot())}{fragments.numbers(result)}'
+    view, n_rows = view_of(result), len(result)
+    several = len(view.samples) > 1
+    which = "all rows" if n_rows <= _MOST_ROWS else f"the {_MOST_ROWS} largest of {n_rows} rows"
+    shown = table.table(view, None if n_rows <= _MOST_ROWS else _MOST_ROWS)
+    return {
+        "note": [*[where(view)] * several, view.words.certificate],
+        "figure": figures.add(plots.plot(view, look=_UNTITLED), f"by {view.unit}, {where(view)}"),
+        "numbers": (f"{which} in numbers", Markup(table.html(shown))),
+    }
 
 
-def _lens(result: "DirectLogitAttribution", prompt: int, figures: _Figures) -> str:
-    """The token grid; the last positions of a long prompt."""
+def _lens(result: Attribution, prompt: int, figures: _Figures) -> Drawn:
+    """The grid, with the answer and its foil followed; the last positions of a long prompt."""
     length = int(result.prompts.length[prompt])
     tokens = result.prompts.packed[prompt : prompt + 1, :length]
     last = slice(max(0, length - _MOST_POSITIONS), length)
-    return figures.add(plots.lens_grid(logit_lens(result.model, tokens, pos=last)))
+    ids = result.targets.ids[prompt % len(result.targets.ids), -1]
+    lens = logit_lens(result.model, tokens, candidate_tokens=ids, pos=last)
+    return figures.add(lens_grid(lens.view(), look=_UNTITLED), f"logit lens, prompt {prompt}")
 
 
-def of_unit(result: "DirectLogitAttribution", unit: Unit) -> "DirectLogitAttribution":
+def of_unit(result: Attribution, unit: Unit) -> Attribution:
     """The same prompts, positions and targets, attributed to another unit."""
-    if result.unit == unit:
-        return result
-    reader, targets = result.plan.reader, result.targets
-    plan = make_plan(reader, targets, unit, result.plan.include_bias)
-    seen = run(result.model, result.prompts, result.positions, plan.probes, targets)
-    return assemble(
-        plan, seen, result.prompts, result.positions, targets, check="off", from_cache=False
-    )
+    return result if result.unit == unit else again(result, unit).result(type(result))

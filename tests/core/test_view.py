@@ -1,0 +1,39 @@
+"""The view of a result: letters of any script survive being cut into tokens."""
+
+import pytest
+
+from tests.support.pages import PROMPTS, bridge
+from tl_dla import direct_logit_attribution
+from tl_dla.core.view import view_of
+from tl_dla.inputs.text import pieces, text_of
+from tl_dla.loading import load_model
+
+
+@pytest.mark.parametrize(
+    "text", ["a 🎉 b", "日本語です", "שלום עולם", "naïve 👩‍🚀!", "plain words"]
+)
+def test_letters_that_several_tokens_spell_are_shown_once(text):
+    model = load_model("demo")
+    ids = model.to_tokens(text, prepend_bos=False)[0]
+    tokens = pieces(model, ids)
+    assert len(tokens) == len(ids) and not any("\ufffd" in token for token in tokens)
+    whole = [token for token in tokens if not token.startswith("⟨")]
+    assert "".join(whole) == text_of(model, ids) == text
+    if text.isascii():
+        assert len(whole) == len(tokens)
+
+
+def test_bytes_that_are_no_letter_are_shown_as_bytes():
+    model = load_model("demo")
+    ids = model.to_tokens("🎉", prepend_bos=False)[0]
+    assert len(ids) > 1
+    shown = pieces(model, ids[:1])
+    assert shown == [f"⟨{'🎉'.encode()[: len(bytes.fromhex(shown[0][1:-1]))].hex(' ').upper()}⟩"]
+
+
+def test_samples_say_where_they_are():
+    result = direct_logit_attribution(bridge(), PROMPTS, "mat", pos=[0, -1])
+    view = view_of(result, prompt=-1)
+    assert view.names == ["prompt 2, position 0 '[BOS]': [BOS] a dog",
+                          "prompt 2, position 2 'dog': [BOS] a dog"]  # fmt: skip
+    assert view.n_prompts == 1 and view.several_positions and not view.over_candidates

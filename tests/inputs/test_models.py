@@ -1,0 +1,130 @@
+"""The model at hand: what may be passed as one, and what a run needs of it."""
+
+import pytest
+import torch
+import transformers
+
+from tests.support.models import either, load, words
+from tests.zoo.bases import LL
+from tests.zoo.build import build, hf_reference, perturb, tokens
+from tests.zoo.configs import CONFIGS, NATIVE
+from tl_dla import direct_logit_attribution, load_model
+from tl_dla.errors import ArgumentError
+from tl_dla.inputs.models import device_of, require_model, scales_with_length
+from tl_dla.inputs.tokens import read_prompts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load("gpt2")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "fragment"),
+    [
+        (lambda: None, r"None was given: load one, such as model = load_model\(\"demo\"\)"),
+        (lambda: "gpt2", r"a name was given: model = load_model\('gpt2'\)"),
+        (lambda: build("gpt2")[1], "a name was given"),
+        (lambda: hf_reference("gpt2"), "a GPT2LMHeadModel of transformers was given: wrap it with"),
+        (lambda: {"a": 1}, "a dict was given"),
+        (lambda: torch.nn.Linear(2, 2), "a Linear was given"),
+    ],
+    ids="None name folder transformers dict module".split(),
+)
+def test_what_is_no_model_is_one_sentence_with_the_remedy(given, fragment):
+    with pytest.raises(ArgumentError, match=fragment):
+        direct_logit_attribution(given(), tokens(), 5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_are_read_before_the_model():
+    for options, fragment in [
+        ({"unit": "atom"}, "unit must be one of"),
+        ({}, "answer_tokens is required"),
+    ]:
+        with pytest.raises(ValueError, match=fragment):
+            direct_logit_attribution(object(), tokens(), **options)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_model_is_the_model(model):
+    compiled = torch.compile(model)
+    assert require_model(compiled) is model
+    result = direct_logit_attribution(compiled, tokens(), 5)
+    assert result.attribution.equal(direct_logit_attribution(model, tokens(), 5).attribution)
+
+
+def test_weights_that_are_nowhere_are_refused():
+    model = load.__wrapped__("gpt2")
+    model.to("meta")
+    with pytest.raises(ArgumentError, match="meta device, where they hold no numbers"):
+        direct_logit_attribution(model, tokens(), 5)
+
+
+def test_tokens_go_to_where_offloaded_weights_are_brought():
+    from accelerate import cpu_offload
+
+    hf_model = hf_reference("gpt2")
+    cpu_offload(hf_model, torch.device("cpu"))
+    offloaded = wrapped(hf_model)
+    assert next(offloaded.parameters()).is_meta
+    assert require_model(offloaded) is offloaded
+    assert device_of(offloaded).type == "cpu"
+    prompts = read_prompts(offloaded, tokens())
+    assert offloaded(prompts.packed).equal(load("gpt2")(tokens()))
+
+
+def wrapped(hf_model):
+    """A bridge around the module as it stands."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = str(build("gpt2")[1])
+    return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=words())
+
+
+# ---- positions that scale with the length of the batch ----------------------------------------
+
+SHORT, WIDE = torch.tensor([[1, 5, 7, 9]]), torch.tensor([[1, 5, 7, 9] + [0] * 20])
+LONG = dict(rope_theta=1e4, original_max_position_embeddings=8)
+ROPES = {
+    "default": ("LlamaConfig", dict(rope_type="default", rope_theta=1e4), False),
+    "linear": ("LlamaConfig", dict(rope_type="linear", factor=2.0, rope_theta=1e4), False),
+    "yarn": ("LlamaConfig", dict(rope_type="yarn", factor=4.0, **LONG), False),
+    "dynamic": ("LlamaConfig", dict(rope_type="dynamic", factor=4.0, **LONG), True),
+    "longrope": (
+        "Phi3Config",
+        dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[9.0] * 4, **LONG),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_what_scales_with_the_length_of_the_batch_is_told(name):
+    config_class, rope, expected = ROPES[name]
+    kwargs = dict(LL if config_class == "LlamaConfig" else CONFIGS["phi3"][1])
+    kwargs["max_position_embeddings"] = 8 if name == "dynamic" else 64
+    config = getattr(transformers, config_class)(**kwargs | dict(rope_parameters=rope))
+    if name == "longrope":
+        config.original_max_position_embeddings = 8
+    hf_model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    perturb(hf_model)
+    with torch.no_grad():  # the same four tokens, in a wider batch
+        change = hf_model.eval()(WIDE).logits[:, :4] - hf_model(SHORT).logits
+    assert (float(change.abs().max()) > 1e-3) is expected
+    model = load_model(hf_model, tokenizer=words())
+    assert scales_with_length(model) is expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "rwkv", *NATIVE, *either("ln", "rotary")])
+def test_most_models_do_not_scale_with_length(name):
+    assert not scales_with_length(load(name))
+
+
+@pytest.mark.parametrize("option", ["use_logn_attn", "use_dynamic_ntk_rope"])
+@pytest.mark.parametrize("name", either("rotary"))
+def test_a_hooked_transformer_says_that_it_scales(name, option):
+    model = load.__wrapped__(name)
+    setattr(model.cfg, option, True)
+    assert scales_with_length(model)

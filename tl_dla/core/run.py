@@ -1,0 +1,264 @@
+"""`run` and `again`: the only two ways from a question to rows.
+
+`run` answers a query by one forward pass of the model, or from a cache; `again` asks the question
+of a result once more, of another unit or with other rows split, and holds the answer to the first.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.core.certificate import Wanted
+from tl_dla.core.decomposition import Decomposition, logit_readout, of_query
+from tl_dla.core.mean_logit import Mean, capped_mean
+from tl_dla.core.readout import Readout
+from tl_dla.core.result import Attribution, Numbers, require_input
+from tl_dla.core.rounding import rerun_tolerance
+from tl_dla.core.rows import Rows
+from tl_dla.core.taps import Kept, Tap, exact, forward, recall
+from tl_dla.errors import ArgumentError
+from tl_dla.inputs.caches import check_cache
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import Selection, Unit, require_unit
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.unembedding import is_linear, output_transform
+
+OWN_LOGIT = "the model's own logit"
+CAUSE = (
+    "The likeliest causes: a hook of yours changes activations between the places that are read,"
+    " or the model does something to the stream that was not understood;"
+    " check_model(model, tokens) shows where."
+)
+_LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
+
+Within = Callable[[slice], AbstractContextManager[None]]
+Result = TypeVar("Result", bound=Attribution)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One pass: the question, what is split into what, and what the taps kept.
+
+    `unchecked` says in words what could not be checked of the cache that it was read from.
+    """
+
+    query: Query
+    parts: Decomposition
+    kept: Kept
+    mean: Mean | None = None
+    unchecked: tuple[str, ...] = ()
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows, with the model's constants where the query asks for them."""
+        with exact():
+            targets = self.query.targets
+            return self.parts.rows(self.kept, self.query.positions, self._ratio, targets.weights)
+
+    def _ratio(self, total: Float[Tensor, "batch pos token"]) -> Float[Tensor, "batch pos token"]:
+        """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
+        raw, logits = self.kept.raw, self.kept.logits
+        if raw is None or logits is None:
+            raw = total
+            logits = output_transform(self.query.model, raw)
+        ratio = torch.where(raw == 0, torch.ones_like(raw), logits / raw).to(total)
+        if self.mean is not None:  # the mean's direction holds each token's own ratio already
+            ratio = torch.cat([ratio[..., :-1], torch.ones_like(ratio[..., -1:])], -1)
+        return ratio
+
+    def result(self, of: type[Result]) -> Result:
+        """The rows added up over the target tokens and certified, as a result of that class."""
+        with exact():
+            return _result(self, of)
+
+    def copies(self, n: int, query: Query) -> "list[Run]":
+        """The runs of a query that was tiled `n` times, one by one."""
+        batch = len(query.prompts.length)
+        found = []
+        for i in range(n):
+            rows = slice(i * batch, (i + 1) * batch)
+            one = Run(query, self.parts, self.kept.part(rows), self.mean, self.unchecked)
+            one.__dict__["rows"] = self.rows.map(lambda x, rows=rows: _batch(x, rows))
+            found.append(one)
+        return found
+
+
+def _batch(x: Tensor, rows: slice) -> Tensor:
+    return x[rows] if x.ndim == 3 else x[:, rows]
+
+
+def run(
+    query: Query,
+    unit: Unit,
+    selection: Selection | None = None,
+    *,
+    cache: Any = None,
+    taps: Sequence[Tap] = (),
+    within: Within | None = None,
+) -> Run:
+    """Ask the model, or a cache of it.
+
+    Args:
+        query: the question.
+        unit: the rows of the answer.
+        selection: which rows are split; all by default.
+        cache: an `ActivationCache` to read in place of running the model.
+        taps: what else to keep on the way.
+        within: what the model runs inside of, given which of the prompts run: an edit of it.
+    """
+    selection = Selection() if selection is None else selection
+    within = (lambda _: nullcontext()) if within is None else within
+    reader = ModelReader(query.model)
+    parts = _in_parts(query)
+
+    def read(wanted: Sequence[Tap]) -> Kept:
+        if cache is not None:
+            return recall(reader, cache, query, wanted)
+        some = []
+        for rows in parts:
+            with within(rows):
+                some.append(forward(query.part(rows), wanted, logits=False))
+        return Kept.joined(some, [wanted] * (len(parts) + 1))
+
+    mean = None
+    if query.targets.mean_of_vocab and not is_linear(query.model):
+        mean = capped_mean(reader, read)
+    whole = of_query(query, unit, selection, mean)
+    if cache is not None:
+        unchecked = tuple(
+            f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
+        )
+        return Run(query, whole, read([*whole.taps, *taps]), mean, unchecked)
+    some, used = [], [[*whole.taps, *taps]]
+    for rows in parts:
+        part, mine = query.part(rows), whole
+        if len(parts) > 1:
+            mine = of_query(part, unit, selection, None if mean is None else mean.part(rows))
+        used.append([*mine.taps, *taps])
+        with within(rows):
+            some.append(forward(part, used[-1]))
+    return Run(query, whole, Kept.joined(some, used), mean)
+
+
+def again(
+    result: Attribution,
+    unit: Unit | None = None,
+    selection: Selection | None = None,
+    *,
+    taps: Sequence[Tap] = (),
+) -> Run:
+    """Run a result's question once more, and hold the answer to the result's own.
+
+    Args:
+        result: whose prompts, positions and targets are run.
+        unit: the rows of the answer; the result's own by default.
+        selection: which rows are split: the result's own for the same unit, else all.
+        taps: what else to keep on the way.
+
+    Raises:
+        ArgumentError: where the model cannot be run, or no longer gives the result's logit.
+    """
+    require_input(result)
+    same = unit in (None, result.unit)
+    selection = result.selection if same and selection is None else selection
+    # The rows of a path add up to a source row, but its question is that of the logit.
+    once = run(result.query, unit or result.unit, selection, taps=taps)
+    require_same(result, once.parts, once.kept)
+    return once
+
+
+def require_same(result: Attribution, parts: Decomposition, kept: Kept) -> None:
+    """Raise unless a run gives the logits that a result was made of, but for rounding."""
+    own, valid = result.numbers.logits, result.positions.valid
+    assert kept.logits is not None
+    at = valid.to(own.device)
+    size = parts.stream.rows(parts.reader, parts.scaled(kept)).readout_norm.to(own) + own.abs()
+    miss = (kept.logits.to(own) - own).abs()
+    allowed = 2 * rerun_tolerance(max(parts.reader.machine_eps, kept.machine_eps)) * size
+    if not bool((miss <= allowed)[at].all()):
+        raise ArgumentError(
+            "Another run of the result's prompts does not give its logits again (off by"
+            f" {float(miss[at].max()):.3g}): it was made from a cache of another run, or the model"
+            " was changed since. Attribute again with the input."
+        )
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def _in_parts(query: Query) -> list[slice]:
+    """The prompts in slices whose logits at the attributed positions can be held at once."""
+    batch, pos = query.positions.index.shape
+    step = max(1, _LOGITS_AT_ONCE // (pos * query.model.cfg.d_vocab))
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _result(run: Run, of: type[Result]) -> Result:
+    query, kept, rows, parts = run.query, run.kept, run.rows, run.parts
+    ratio = rows.ratio
+    raw = rows.total if kept.raw is None else kept.raw.to(ratio)
+    logits = rows.total * ratio if kept.logits is None else kept.logits.to(ratio)
+    expected = logits
+    if not query.include_bias:
+        for bias in rows.constants:
+            expected = expected - bias.values[0] * ratio
+        rows = rows.without_constants()
+    against = (
+        OWN_LOGIT if kept.logits is not None else "the cache's final residual stream, read out"
+    )
+    eps = max(parts.reader.machine_eps, kept.machine_eps)
+    wanted = Wanted(expected, logits, against, eps, run.unchecked)
+    norm = parts.reader.stream().norm
+    known = parts.scaled(kept, query.positions)
+    scale = torch.ones_like(ratio[..., 0]) if norm is None else known.scales[norm.name].to(ratio)
+    numbers = Numbers(rows.values, ratio, scale, logits, raw, kept.logits is not None)
+    about = (parts.unit, parts.selection, parts.readout.direction.shape[-1])
+    return of.of(rows, wanted, numbers, query, about)
+
+
+def readout_of(result: Attribution) -> Readout:
+    """The readout of the final residual stream; see `DirectLogitAttribution.readout`."""
+    if result.path:
+        raise ArgumentError("A path's rows are read out through its head, not from the stream.")
+    if result.targets.candidates is not None:
+        raise ArgumentError("A result over candidates has no single readout.")
+    query, numbers = result.query, result.numbers
+    if query.targets.mean_of_vocab and not is_linear(query.model):
+        parts = again(result, "component").parts
+    else:
+        parts = of_query(query, "component", Selection())
+    base = parts.readout
+    weights = (numbers.ratio * query.targets.weights[0].to(numbers.ratio))[..., None]
+    direction = query.positions.squeeze((base.direction.to(weights) * weights).sum(-2))
+    scale = query.positions.squeeze(numbers.scale) if base.norms else None
+    return Readout(direction, base.norms, scale)
+
+
+def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
+    """The hooks that a cache must hold for `unit`, to pass as `names_filter`.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        unit: as in `direct_logit_attribution`.
+
+    Raises:
+        UnsupportedModelError: where the unit does not work on the model.
+
+    Example:
+        >>> from tl_dla import load_model
+        >>> model = load_model("demo")
+        >>> "ln_final.hook_scale" in required_hooks(model)
+        True
+    """
+    require_unit(unit)
+    reader = ModelReader(model)
+    like = model.W_U.new_zeros(1, 1, 1, len(model.W_U))
+    logit, _ = logit_readout(reader, like)
+    parts = Decomposition(reader, reader.stream().steps, logit, [], unit, Selection())
+    return sorted({tap.site.name for tap in parts.taps if tap.site.hooked})

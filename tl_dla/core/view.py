@@ -1,0 +1,152 @@
+"""The view of a result: its numbers and words as figures, tables and pages show them."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_dla.core.certificate import Reconstruction
+from tl_dla.errors import ArgumentError
+from tl_dla.figures.view import Sample, View, Words
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.text import pieces, text_of
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import Kind, ResidPoint, Write
+
+
+@runtime_checkable
+class Shown(Protocol):
+    """What can be shown: rows, what they are, what they add up to, and the question."""
+
+    @property
+    def values(self) -> Float[Tensor, "row batch pos candidate"]: ...  # noqa: D102
+    @property
+    def labels(self) -> list[str]: ...  # noqa: D102
+    @property
+    def kinds(self) -> list[Kind]: ...  # noqa: D102
+    @property
+    def layers(self) -> list[int | None]: ...  # noqa: D102
+    @property
+    def unit(self) -> str: ...  # noqa: D102
+    @property
+    def logit(self) -> Float[Tensor, "..."]: ...  # noqa: D102
+    @property
+    def reconstruction(self) -> Reconstruction: ...  # noqa: D102
+    @property
+    def query(self) -> Query: ...  # noqa: D102
+    @property
+    def path(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def target(self) -> str: ...  # noqa: D102
+
+
+_WRITERS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
+
+
+def view_of(result: Shown, prompt: int | None = None, candidate: str | int | None = None) -> View:
+    """The result's values by row, sample and candidate, with the words for them.
+
+    Args:
+        result: what to show.
+        prompt: only this prompt of a batch.
+        candidate: only this one of several candidate tokens, by its text or its index.
+
+    Raises:
+        ArgumentError: for a prompt or candidate that the result does not have.
+    """
+    values = result.values.detach().cpu().double().numpy()
+    logit = result.query.with_axes(result.logit[None])[0].detach().cpu().double().numpy()
+    candidates = list(result.query.targets.candidates or [""])
+    if candidate is not None:
+        chosen = _candidate(candidates, candidate)
+        values, logit = values[..., [chosen]], logit[..., [chosen]]
+        candidates = [candidates[chosen]]
+    wanted = None if prompt is None else _prompt(result, prompt)
+    places = [
+        (b, p)
+        for b, p in result.query.positions.valid.nonzero().tolist()
+        if wanted is None or b == wanted
+    ]
+    at = tuple(np.array(places).T)
+    return View(
+        values=values[:, at[0], at[1]],
+        logit=logit[at],
+        labels=list(result.labels),
+        kinds=list(result.kinds),
+        layers=list(result.layers),
+        unit=result.unit,
+        samples=_samples(result, places),
+        candidates=candidates,
+        words=_words(result),
+        writers=_writers(result.query.model) if result.unit == "layer" else {},
+    )
+
+
+def _prompt(result: Shown, prompt: int) -> int:
+    n_prompts = len(result.query.prompts.tokens)
+    if not -n_prompts <= prompt < n_prompts:
+        raise ArgumentError(f"prompt must be one of the result's {n_prompts}; {prompt} was given.")
+    return prompt % n_prompts
+
+
+def _candidate(names: list[str], candidate: str | int) -> int:
+    if isinstance(candidate, int) and -len(names) <= candidate < len(names):
+        return candidate
+    if candidate in names:
+        return names.index(str(candidate))
+    raise ArgumentError(
+        f"candidate must be one of {', '.join(map(repr, names))}, or its index; {candidate!r} was"
+        " given."
+    )
+
+
+def _samples(result: Shown, places: list[tuple[int, int]]) -> list[Sample]:
+    """A sample for each prompt and attributed position."""
+    index = result.query.positions.index
+    if not result.query.has_tokens:
+        return [Sample(b, int(index[b, p])) for b, p in places]
+    prompts = {b for b, _ in places}
+    tokens = {b: prompt_tokens(result, b) for b in prompts}
+    texts = {b: prompt_text(result, b) for b in prompts}
+    return [Sample(b, i, tokens[b][i], texts[b]) for b, p in places for i in [int(index[b, p])]]
+
+
+def prompt_text(result: Shown, prompt: int) -> str:
+    """A prompt as text."""
+    return text_of(result.query.model, _ids(result, prompt))
+
+
+def _ids(result: Shown, prompt: int) -> Int[Tensor, " pos"]:
+    return result.query.prompts.packed[prompt, : int(result.query.prompts.length[prompt])]
+
+
+def prompt_tokens(result: Shown, prompt: int) -> list[str]:
+    """A prompt's tokens as text; see `pieces`."""
+    return pieces(result.query.model, _ids(result, prompt))
+
+
+def _words(result: Shown) -> Words:
+    """What is attributed, and whether it adds up."""
+    logit = "model's own logit" if result.query.include_bias else "logit without biases"
+    through = "".join(f", through {source}" for source in result.path)
+    return Words(
+        target=result.target + through,
+        logit=f"row {result.path[-1]}" if result.path else logit,
+        certificate=f"{'✓' if result.reconstruction.passed else '✗'} {result.reconstruction}",
+    )
+
+
+def _writers(model: Any) -> dict[str, str]:
+    """What wrote to the stream since the point before, for each point of it."""
+    if model is None:
+        return {}
+    written: dict[str, str] = {}
+    kinds: list[str] = []
+    for step in ModelReader(model).stream().steps:
+        if isinstance(step, Write):
+            kinds.append(_WRITERS.get(step.kind, step.kind))
+        elif isinstance(step, ResidPoint):
+            written[step.label] = " and ".join(dict.fromkeys(kinds)) or "norm"
+            kinds = []
+    return written

@@ -1,0 +1,114 @@
+"""Positions: which tokens of each prompt are attributed.
+
+They count the real tokens of each prompt: 0 is its first, -1 its last, whatever the padding.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_dla.errors import ArgumentError, TokenError
+from tl_dla.inputs.tokens import Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """The positions attributed, of each prompt: `index` counts its real tokens from 0.
+
+    `valid` is False where a prompt is too short to have the position that others have. `every`
+    says that they are all positions in order, and `shared` that one position is the same in every
+    prompt, so that nothing need be gathered.
+    """
+
+    index: Int[Tensor, "batch pos"]
+    valid: Bool[Tensor, "batch pos"]
+    single: bool
+    every: bool
+    shared: int | None = None
+
+    def take(
+        self, x: Shaped[Tensor, "#batch ..."], start: Int[Tensor, " batch"] | None = None
+    ) -> Shaped[Tensor, "batch ..."]:
+        """The activations `[batch, pos, …]` at these positions.
+
+        `start` says where the prompts begin in their layout.
+        """
+        batch = self.index.shape[0]
+        if x.shape[0] == 1 and batch > 1:
+            x = x.expand(batch, *x.shape[1:])
+        if start is None and self.every:
+            return x[:, : self.index.shape[1]]
+        if start is None and self.shared is not None:
+            return x[:, self.shared : self.shared + 1]
+        index = self.index if start is None else self.index + start[:, None]
+        rows = torch.arange(batch, device=x.device)[:, None]
+        return x[rows, index.to(x.device)]
+
+    def squeeze(self, x: Float[Tensor, "..."], axis: int = 1) -> Float[Tensor, "..."]:
+        """Drop the position axis where one position was asked for."""
+        return x.squeeze(axis) if self.single else x
+
+    def tiled(self, copies: int) -> "Positions":
+        """The positions of the prompts several times over."""
+        index, valid = self.index.repeat(copies, 1), self.valid.repeat(copies, 1)
+        return replace(self, index=index, valid=valid)
+
+    def part(self, rows: slice) -> "Positions":
+        """The positions of some of the prompts."""
+        return replace(self, index=self.index[rows], valid=self.valid[rows])
+
+
+def read_positions(pos: Any, prompts: Prompts) -> Positions:
+    """`pos` as TransformerLens's `Slice` reads it.
+
+    An int, a list, tensor or array of ints, a tuple or `slice`, a `Slice`, or None for every
+    position.
+
+    Raises:
+        TokenError: for a position that a prompt does not have.
+    """
+    from transformer_lens.utilities import Slice
+
+    if isinstance(pos, Slice):
+        pos = pos.slice
+    if isinstance(pos, tuple):
+        pos = slice(*pos)
+    lengths = prompts.length.tolist()
+    if pos is None:
+        pos = slice(None)
+    if isinstance(pos, slice):
+        rows = [list(range(n))[pos] for n in lengths]
+        if not all(rows):
+            raise TokenError(f"pos={pos!r} selects no position of prompt {rows.index([])}.")
+        single = False
+    else:
+        try:
+            wanted = torch.as_tensor(pos)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(
+                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
+            ) from error
+        if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.ndim > 1:
+            raise ArgumentError(
+                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
+            )
+        single = wanted.ndim == 0
+        flat = wanted.reshape(-1).tolist()
+        for row, n in enumerate(lengths):
+            for p in flat:
+                if not -n <= p < n:
+                    raise TokenError(
+                        f"Position {p} is outside prompt {row}, which has {n} tokens"
+                        f" (0 to {n - 1}, or -{n} to -1)."
+                    )
+        rows = [[p % n for p in flat] for n in lengths]
+    width = max(map(len, rows))
+    device = prompts.tokens.device
+    index = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    every = isinstance(pos, slice) and pos == slice(None)
+    shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
+    return Positions(index, valid.to(device), single, every, shared)

@@ -1,0 +1,65 @@
+"""`Query`: a question made precise: which model, which prompts, which positions, which logits."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.targets import Targets
+from tl_dla.inputs.tokens import Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is asked of a model.
+
+    `include_bias` says whether its constants are rows of the answer; `has_batch` is False for a
+    cache without a batch axis, whose answer has none either.
+    """
+
+    model: Any = field(repr=False)
+    prompts: Prompts
+    positions: Positions
+    targets: Targets
+    include_bias: bool = True
+    has_batch: bool = True
+
+    def part(self, rows: slice) -> "Query":
+        """The same of some of the prompts, padded as all of them are."""
+        return replace(
+            self,
+            prompts=self.prompts.part(rows),
+            positions=self.positions.part(rows),
+            targets=self.targets.part(rows),
+        )
+
+    def tiled(self, copies: int) -> "Query":
+        """The same of the prompts several times over."""
+        return replace(
+            self,
+            prompts=self.prompts.tiled(copies),
+            positions=self.positions.tiled(copies),
+            targets=self.targets.tiled(copies),
+        )
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the prompts' tokens are known; a cache may have come without them."""
+        return self.prompts.known
+
+    def shaped(self, x: Float[Tensor, "*row batch pos candidate"]) -> Float[Tensor, "..."]:
+        """As a result shows it: the axes asked for, NaN where a prompt has no such position."""
+        x = torch.where(self.positions.valid.to(x.device)[..., None], x, torch.nan)
+        x = x if self.targets.candidates is not None else x.squeeze(-1)
+        axis = x.ndim - 1 - (self.targets.candidates is not None)
+        x = x.squeeze(axis) if self.positions.single else x
+        return x if self.has_batch else x.squeeze(axis - 1)
+
+    def with_axes(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row batch pos candidate"]:
+        """The same with all its axes."""
+        x = x if self.has_batch else x.unsqueeze(1)
+        x = x.unsqueeze(2) if self.positions.single else x
+        return x if self.targets.candidates is not None else x[..., None]

@@ -1,0 +1,121 @@
+"""A place in the network, and parameters as they are stored.
+
+The one module that knows how `HookedTransformer` and `TransformerBridge` name their hooks and wrap
+their modules. Every reader of a part holds a `Hooks`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_dla.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place to read: a hook, or where there is none, what a module returns or is given.
+
+    With `argument`, what the module is given under that keyword (which may be no tensor).
+    """
+
+    name: str
+    module: nn.Module
+    inputs: bool = False
+    argument: str | None = None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the place is a hook, which a cache can hold."""
+        return hasattr(self.module, "fwd_hooks")
+
+
+class Hooks:
+    """The hooks of a model, by name."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.by_name: Mapping[str, Any] = model.hook_dict
+        self.is_bridge = is_bridge(model)
+
+    @property
+    def architecture(self) -> str:
+        """What the model calls itself, for messages."""
+        cfg = self.model.cfg
+        return str(
+            getattr(cfg, "architecture", None)
+            or getattr(cfg, "original_architecture", None)
+            or getattr(cfg, "model_name", None)
+            or type(self.model).__name__
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks the model has."""
+        return len(self.model.blocks)
+
+    def site(self, name: str) -> Site | None:
+        """The hook of that name or alias, under its own name; None where there is none."""
+        hook = self.by_name.get(name)
+        return None if hook is None else Site(hook.name or name, hook)
+
+    def matrix(self, module: Any, at: str, needed_for: str) -> tuple[Tensor, Tensor | None]:
+        """A linear map's weight as `[in, out]`, and its bias.
+
+        Raises:
+            UnsupportedModelError: where the weight is quantised or sharded; `needed_for` says what
+                asked for it.
+        """
+        inner = unwrap(module)
+        weight, bias = parameter(inner, "weight"), parameter(inner, "bias")
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            raise self.refusal(
+                f"{needed_for} needs the weight of {at} as a matrix, but {class_name(inner)} in"
+                " {} holds it in another form (quantised or sharded)",
+                'unit="component" and unit="layer" work.',
+            )
+        return weight if class_name(inner) == "Conv1D" else weight.mT, bias
+
+    def refusal(self, why: str, works: str) -> UnsupportedModelError:
+        """The error for a part that is not understood; `{}` in `why` becomes the architecture."""
+        return UnsupportedModelError(f"{why.format(self.architecture)}; {works}")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Contractions run in float64 for a float64 model, in float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def upcast(x: Tensor) -> Tensor:
+    """The tensor in the dtype that contractions run in."""
+    return x.to(compute_dtype(x.dtype))
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether the model is a `TransformerBridge` (it wraps another) or a `HookedTransformer`."""
+    return hasattr(model, "original_model")
+
+
+def unwrap(module: Any) -> Any:
+    """The module that a bridge component wraps, or the module itself."""
+    return getattr(module, "original_component", None) or module
+
+
+def class_name(module: Any) -> str:
+    """The name of a module's class, for messages."""
+    return type(module).__name__
+
+
+def parameter(module: Any, name: str) -> Tensor | None:
+    """A weight or bias as it is used now, brought back from where `accelerate` offloaded it."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return None
+    if value.device.type == "meta":
+        from accelerate.utils import align_module_device
+
+        with align_module_device(unwrap(module)):
+            value = getattr(unwrap(module), name).clone()
+    return value.detach()

@@ -1,0 +1,107 @@
+"""From the final norm's output to logits: W_U, b_U, and the model's output transform.
+
+Logits over 250 thousand tokens do not fit in memory for many positions: `Unembedding` gives them a
+chunk of the vocabulary at a time. Everything is in at least float32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_dla.errors import ArgumentError
+from tl_dla.model.hooks import compute_dtype
+from tl_dla.model.stream import Stream
+
+
+def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The model's own output transform: a multiplier, a soft cap."""
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None and hasattr(adapter, "apply_output_logits_transform"):
+        return adapter.apply_output_logits_transform(logits)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+
+def is_linear(model: Any) -> bool:
+    """Whether the model's output transform multiplies all logits by one number."""
+    x = torch.tensor([0.5, -1.0, 4.0, 32.0])
+    ratio = output_transform(model, x) / x
+    return bool(torch.allclose(ratio, ratio[:1].expand_as(ratio)))
+
+
+def unembedding(
+    model: Any, ids: Int[Tensor, "#batch #pos token"], mean_of_vocab: bool = False
+) -> tuple[Float[Tensor, "#batch #pos column d"], Float[Tensor, "#batch #pos column"] | None]:
+    """The tokens' columns of W_U and entries of b_U; with `mean_of_vocab`, then their means.
+
+    The bias is None where the model has none, or only zeros.
+    """
+    W_U, b_U = model.W_U.detach(), getattr(model, "b_U", None)
+    dtype = compute_dtype(W_U.dtype)
+    ids = ids.to(W_U.device)
+    columns = W_U.mT[ids].to(dtype)
+    if mean_of_vocab:
+        mean = W_U.mean(1, dtype=dtype).expand(*ids.shape[:2], 1, -1)
+        columns = torch.cat([columns, mean], 2)
+    if b_U is None or not bool(b_U.any()):
+        return columns, None
+    bias = b_U.detach()[ids].to(dtype)
+    if mean_of_vocab:
+        bias = torch.cat([bias, b_U.mean(dtype=dtype).expand(*ids.shape[:2], 1)], 2)
+    return columns, bias
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some tokens of the vocabulary: their columns of W_U and entries of b_U."""
+
+    part: slice
+    columns: Float[Tensor, "d chunk"]
+    bias: Float[Tensor, " chunk"]
+    model: Any
+
+    def logits(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        """The logits of a normalised stream, after the model's output transform."""
+        return output_transform(self.model, self._raw(y))
+
+    def ratio(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        """The output transform, frozen: transformed / raw."""
+        raw = self._raw(y)
+        return torch.where(raw == 0, 1.0, output_transform(self.model, raw) / raw)
+
+    def _raw(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        return y.to(self.columns) @ self.columns + self.bias
+
+
+class Unembedding:
+    """The model's own final norm, projection, unembedding and output transform, in chunks."""
+
+    def __init__(self, model: Any, stream: Stream, chunk_size: int) -> None:
+        if chunk_size < 1:
+            raise ArgumentError(f"chunk_size must be at least 1; {chunk_size} was given.")
+        self.model, self.stream, self.chunk_size = model, stream, chunk_size
+        self.W_U = model.W_U.detach()
+        bias = getattr(model, "b_U", None)
+        self.b_U = None if bias is None or not bool(bias.any()) else bias.detach()
+        self.d_vocab = self.W_U.shape[1]
+
+    def normalise(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d"]:
+        """What is multiplied with W_U: the norm's statistics are those of x."""
+        if self.stream.norm is not None:
+            x = self.model.ln_final(x)
+        if self.stream.project_out is not None:
+            x = x @ self.stream.project_out.to(x).mT
+        return x.to(self.W_U.device)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The whole vocabulary, `chunk_size` tokens at a time, in at least float32."""
+        dtype = compute_dtype(self.W_U.dtype)
+        for start in range(0, self.d_vocab, self.chunk_size):
+            part = slice(start, min(start + self.chunk_size, self.d_vocab))
+            columns = self.W_U[:, part].to(dtype)
+            bias = torch.zeros_like(columns[0]) if self.b_U is None else self.b_U[part].to(dtype)
+            yield Chunk(part, columns, bias, self.model)
