@@ -307,14 +307,18 @@ def test_a_cache_gives_what_a_run_gives(name, unit):
 
 
 @pytest.mark.parametrize("name", either("gpt2", "llama", "ln"))
-def test_a_cache_without_a_batch_is_one_prompt(name):
+def test_a_cache_without_a_batch_has_a_result_without_one(name):
     model, prompt = load(name), tokens()[:1]
     for unit in UNITS:
         ran = direct_logit_attribution(model, prompt, 5, 7, unit=unit, pos=None)
         _, cache = model.run_with_cache(prompt, remove_batch_dim=True)
         read = direct_logit_attribution(model, None, 5, 7, unit=unit, pos=None, cache=cache)
-        assert read.attribution.shape == ran.attribution.shape
-        close(read.attribution, ran.attribution, 1e-5)
+        close(read.attribution, ran.attribution[:, 0], 1e-5)
+        close(read.logit, ran.logit[0], 1e-5)
+        last = direct_logit_attribution(model, None, 5, 7, unit=unit, cache=cache)
+        assert last.attribution.shape == (len(last.labels),)
+        close(last.attribution, ran.attribution[:, 0, -1], 1e-5)
+        assert last.top(1)[0][0] in last.labels and "logit" in repr(last)
 
 
 @pytest.mark.parametrize("name", either("gpt2", "ln"))

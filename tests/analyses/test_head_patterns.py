@@ -226,16 +226,16 @@ def test_kinds_are_those_of_the_patterns(llama):
 
 @of_4
 def test_one_more_forward_pass_that_reads_the_chosen_layers_only(llama, result, monkeypatch):
-    from tl_dla.analyses import head_patterns as attention
+    from tl_dla.core import run
 
     calls, read = [], set()
-    original = attention.run
+    original = run.forward
 
-    def watched(model, prompts, positions, probes, targets):
-        read.update(probe.site.name for probe in probes if "hook_pattern" in probe.site.name)
-        return original(model, prompts, positions, probes, targets)
+    def watched(query, taps):
+        read.update(tap.site.name for tap in taps if "hook_pattern" in tap.site.name)
+        return original(query, taps)
 
-    monkeypatch.setattr(attention, "run", watched)
+    monkeypatch.setattr(run, "forward", watched)
     handle = llama.original_model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     heads = top_heads_with_patterns(result, 1)
     handle.remove()
@@ -251,7 +251,7 @@ def test_bad_input_gets_one_sentence(llama, result):
     with pytest.raises(ArgumentError, match="0 was given"):
         top_heads_with_patterns(result, 0)
     components = direct_logit_attribution(llama, tokens(), ANSWERS)
-    with pytest.raises(UnsupportedModelError, match='no head rows: attribute with unit="head"'):
+    with pytest.raises(ArgumentError, match='no head rows: attribute with unit="head"'):
         top_heads_with_patterns(components)
     several = direct_logit_attribution(llama, tokens(), candidate_tokens=[5, 9], unit="head")
     with pytest.raises(ArgumentError, match="over candidates"):

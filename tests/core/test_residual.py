@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.support.models import all_in_float64, either, load, of_4, strong
+from tests.support.walk import walk
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import Readout, decompose, direct_logit_attribution, required_hooks
+from tl_dla.core.rows import RowKey
 from tl_dla.core.vectors import ResidualStack
 
 UNITS = ["component", "layer", "head"]
@@ -53,6 +55,20 @@ def test_stacks_are_those_of_activation_cache(name):
             else:
                 assert len(stack.labels) == n
             assert stack.vectors.shape == (len(stack.labels), *vectors.shape[1:])
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_a_direction_pulled_back_reads_what_a_vector_pushed_forward_is(name):
+    model = load(name)
+    _, cache = model.run_with_cache(tokens())
+    for unit in ("component", "head"):
+        if unit in UNITS_OF.get(name, [unit]):
+            stack = decompose(cache, unit, pos=None)
+            rows = walk(model, cache, heads=unit == "head")
+            known = [label for label in stack.labels if not label.endswith("_rest")]
+            assert sorted(known) == sorted(rows)
+            for label in known:
+                close(stack[label], rows[label].expand_as(stack[label]), 2e-5)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
@@ -180,8 +196,11 @@ def test_other_units_have_no_vectors():
 
 
 def test_a_row_by_its_label():
-    stack = ResidualStack(torch.arange(6.0).reshape(2, 3), ["a", "b"], ["attn", "mlp"], [0, 0])
-    close(stack["b"], torch.tensor([3.0, 4.0, 5.0]), 0)
+    stack = ResidualStack(
+        torch.arange(6.0).reshape(2, 3),
+        [RowKey("attn", 0, "attn_out"), RowKey("mlp", 0, "mlp_out")],
+    )
+    close(stack["0_mlp_out"], torch.tensor([3.0, 4.0, 5.0]), 0)
 
 
 def close(actual, expected, atol):

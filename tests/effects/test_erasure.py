@@ -163,7 +163,7 @@ def test_what_copies_of_the_answer_write_is_pattern_times_value(name: str) -> No
         if name == "gpt2":
             columns = columns - columns.mean(-1, keepdim=True)
         read = torch.stack([torch.einsum("bd,btd->bt", x, columns) for x in parts])
-        value, whole = (read * result.ratio[:, 0] * torch.tensor([1.0, -1.0])).sum(-1)
+        value, whole = (read * result.numbers.ratio[:, 0] * torch.tensor([1.0, -1.0])).sum(-1)
         share = copied[result.labels.index(row)] / result[row]
         torch.testing.assert_close(share, value / whole, atol=1e-4, rtol=1e-3)
     positive = [i for i, row in enumerate(result.labels) if result[row].mean() >= 0]

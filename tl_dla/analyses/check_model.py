@@ -35,7 +35,7 @@ from tl_dla.inputs.targets import NO_TARGETS
 from tl_dla.inputs.tokens import read_prompts
 from tl_dla.model.hooks import is_bridge, upcast
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import ResidPoint, Step
+from tl_dla.model.stream import ResidPoint, Step, StreamNorm, Write
 from tl_dla.model.unembedding import output_transform
 
 if TYPE_CHECKING:
@@ -165,9 +165,9 @@ def check_model(
             total = known.scaled(block.start.contract(kept[block.before]), block.start)
         for step, readout in block.parts.steps[:-1]:
             wrote = None
-            if (tap := block.parts.stream.value.get(step)) is not None and step.kind != "residual":
-                wrote = known.scaled(kept[tap], readout)
-            elif step.kind == "bias" and step.norm.beta is not None:
+            if isinstance(step, Write):
+                wrote = known.scaled(kept[block.parts.stream.value[step]], readout)
+            elif isinstance(step, StreamNorm) and step.norm.beta is not None:
                 wrote = known.scaled(readout.of_bias(step.norm.beta), readout)
             total = total if wrote is None else total + wrote
             split = block.parts.splits.get(step)

@@ -306,7 +306,7 @@ class Attribution:
         prompt: int | None,
         position: int | None,
         candidate: str | int | None,
-    ) -> Float[Tensor, "row batch pos candidate"]:
+    ) -> Float[Tensor, "row chosen_batch chosen_pos chosen_candidate"]:
         """The values of one prompt, position or candidate; NaN where a prompt has no position."""
         values = torch.where(self.positions.valid.to(values.device)[..., None], values, torch.nan)
         for axis, index in enumerate(self.places(prompt, position, candidate), 1):

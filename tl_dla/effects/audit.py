@@ -176,7 +176,7 @@ def audit(
 
     Args:
         result: an attribution with `unit="component"` or `"head"`, of one logit or difference.
-        k: how many rows, by mean absolute value, of those that can be ablated.
+        k: how many rows, by the absolute value of their mean, of those that can be ablated.
         rows: these rows instead; a list of labels among them is ablated together.
         ablation: what is written instead: as in `ablate`.
         at: the attributed positions only, or `"all"` tokens: as in `ablate`.
@@ -247,9 +247,9 @@ def _copied(result: Attribution, rows: list[str]) -> Tensor:
 def _largest(result: Attribution, k: int) -> list[str]:
     if k < 1:
         raise ArgumentError(f"k must be at least 1; {k} was given.")
-    size = result.attribution.abs().reshape(len(result), -1).nanmean(1)
-    order = size.argsort(descending=True, stable=True).tolist()
-    return [result.labels[i] for i in order if result.kinds[i] in ABLATABLE][:k]
+    kinds = dict(zip(result.labels, result.kinds, strict=True))
+    ranked = result.top(len(result), by="magnitude")
+    return [label for label, _ in ranked if kinds[label] in ABLATABLE][:k]
 
 
 def _added(stack: ResidualStack, labels: Sequence[str]) -> Float[Tensor, "*batch_and_pos d_model"]:
