@@ -135,7 +135,7 @@ class Projection:
     def freeze(
         self,
         x: Float[Tensor, "*lead d_model"],
-        rotation: Float[Tensor, "*lead d_head d_head"] | None = None,
+        rotation: Float[Tensor, "*#lead d_head d_head"] | None = None,
     ) -> Frozen:
         """Every step at its value for x, at positions with these rotations."""
         start = Frozen(x[..., None, :], torch.zeros_like(x[..., None, :]), lambda d: d)

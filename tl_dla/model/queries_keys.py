@@ -7,7 +7,7 @@ keys. q and k are linear in what the layer reads once norms are frozen (`project
 are matrices (`rotary.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,7 @@ class QueriesAndKeys:
         rotary: the rotations, which the projections are given; None where positions are not
             rotated.
         cap: the soft cap c of a score, c tanh(score / c).
-        bias: shows what is added to the scores after the scale, `[…, head, 1, key]` once shaped,
-            times `bias_factor` (ALiBi).
+        biases: what is added to the scores, as sites and factors (ALiBi).
         temperature: what a query is multiplied with for its position (Llama 4, Ministral 3).
         sinks: scores of no key, one a head, that take their share of the pattern.
         pattern: shows the softmax of the scores, `[batch, head, query, key]`.
@@ -50,21 +49,23 @@ class QueriesAndKeys:
     rotary: Rotary | None
     scale: float
     cap: float | None
-    bias: Site | None
-    bias_factor: float
+    biases: tuple[tuple[Site, float], ...]
     temperature: Callable[[Tensor], Tensor] | None
     sinks: Float[Tensor, " head"] | None
     pattern: Site
 
     def scores(
-        self, x: Float[Tensor, "batch pos d_model"], given: Any = None, bias: Tensor | None = None
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        given: Any = None,
+        biases: Sequence[Tensor] = (),
     ) -> Float[Tensor, "batch head query key"]:
         """The scores of every query and key, before any mask.
 
         Args:
             x: what `site` shows.
             given: what `rotary.site` shows.
-            bias: what `bias` shows.
+            biases: what each of `biases` shows.
         """
         rotation = None if self.rotary is None else self.rotary.matrix(given)
         q = self.query.freeze(x, rotation).value
@@ -74,14 +75,21 @@ class QueriesAndKeys:
             q = q * self.temperature(at).to(q)[:, None, None]
         k = k.repeat_interleave(q.shape[-2] // k.shape[-2], -2)
         score = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
-        if bias is not None:
-            score = score + self.biases(bias, k.shape[1]).to(score)
+        score = score + self.bias(biases, k.shape[1])
         return score if self.cap is None else self.cap * torch.tanh(score / self.cap)
 
-    def biases(self, shown: Tensor, n_keys: int) -> Float[Tensor, "#batch head #query key"]:
-        """What is added to the scores after the scale, from what `bias` shows."""
-        heads = _n_heads(self.query)
-        return shown.reshape(-1, heads, 1, shown.shape[-1])[..., -n_keys:] * self.bias_factor
+    def bias(
+        self, shown: Sequence[Tensor], n_keys: int
+    ) -> Float[Tensor, "#batch head #query #key"] | float:
+        """What is added to the scores after the scale, from what each of `biases` shows."""
+        heads, total = _n_heads(self.query), torch.zeros(())
+        for (site, factor), values in zip(self.biases, shown, strict=True):
+            if site.argument == "attention_mask":  # its masked places are no bias
+                values = values.masked_fill(values < -1e30, 0.0)
+            else:
+                values = values.reshape(-1, heads, 1, values.shape[-1])[..., -n_keys:]
+            total = total + values * factor
+        return total if total.ndim else 0.0
 
 
 class QueriesAndKeysReader:
@@ -110,17 +118,15 @@ class QueriesAndKeysReader:
         else:
             query, key, start = *self._plain(at, attn, inner, d_head), 0
         rotary = None
-        if getattr(self.model.cfg, "positional_embedding_type", "standard") == "rotary":
+        scale = self._scale(layer, attn, inner, d_head)
+        biases = self._biases(attn, scale)
+        if not biases:
             read = read_rotary(attn, at, start, d_head - start, d_head)
             if isinstance(read, str):
                 raise self._refusal(f"{at} of {{}} {read}")
             rotary = read
-        given = self._bias_argument(attn)
         pattern, site = self.hooks.site(f"{at}.hook_pattern"), self.hooks.site(f"{at}.hook_in")
         assert pattern is not None and site is not None
-        scale = self._scale(layer, attn, inner, d_head)
-        # Falcon scales its biases with the scores.
-        scaled = "ALiBi" in class_name(attn) and "MPT" not in class_name(attn)
         return QueriesAndKeys(
             layer,
             self.norms.attention_norm(layer),
@@ -131,8 +137,7 @@ class QueriesAndKeysReader:
             rotary,
             scale,
             getattr(inner, "attn_logit_softcapping", None) or _native_cap(inner),
-            None if given is None else Site(at, attn, True, given),
-            scale if scaled else 1.0,
+            tuple((Site(at, attn, True, name), factor) for name, factor in biases),
             _temperature(inner),
             parameter(inner, "sinks"),
             pattern,
@@ -257,10 +262,15 @@ class QueriesAndKeysReader:
                 return float(value) ** power
         return d_head**-0.5 if hasattr(attn, "hook_cos") else 1.0  # GPT-Neo does not scale
 
-    def _bias_argument(self, attn: Any) -> str | None:
+    def _biases(self, attn: Any, scale: float) -> list[tuple[str, float]]:
+        """The arguments that the attention is given as biases of its scores, and their factors."""
         if getattr(self.model.cfg, "positional_embedding_type", "standard") != "alibi":
-            return None
-        return "position_bias" if "MPT" in class_name(attn) else "alibi"
+            return []
+        if "MPT" in class_name(attn):
+            return [("position_bias", 1.0)]
+        if "ALiBi" in class_name(attn):  # Falcon: in its mask, and once more before the scale
+            return [("alibi", scale), ("attention_mask", 1.0)]
+        return [("alibi", 1.0)]
 
     def _weights(self, module: Any, at: str) -> tuple[Tensor, Tensor | None]:
         return self.hooks.matrix(module, at, "Taking a score apart")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from inspect import unwrap as unwrap_decorators
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ class Rotary:
     d_head: int
     apply: Callable[[Float[Tensor, "batch basis pos width"], Any], Tensor]
 
-    def matrix(self, given: Any) -> Float[Tensor, "batch pos d_head d_head"]:
-        """The rotation at each position, from what `site` shows: q becomes R q."""
+    def matrix(self, given: Any) -> Float[Tensor, "batch pos d_head d_head"] | None:
+        """The rotation at each position, from what `site` shows: q becomes R q; None for none."""
+        if given is None:
+            return None
         first = given[0] if isinstance(given, tuple | list) else given
         batch, pos = first.shape[:2]
         dtype = first.dtype if first.dtype == torch.float64 else torch.float32
@@ -74,28 +77,33 @@ def read_rotary(attn: Any, at: str, start: int, width: int, d_head: int) -> Rota
     """How an attention module rotates; None where it does not, a reason where it is not found."""
     inner = unwrap(attn)
     nope = getattr(attn, "_is_nope_layer", None)
-    if (
-        (nope is not None and nope())
-        or not getattr(inner, "use_rope", True)
-        or not getattr(inner, "is_local_attention", True)
-    ):
+    if nope is not None and nope() or _declines(inner, "use_rope", "is_local_attention"):
         return None
     home = sys.modules.get(type(inner).__module__)
     config = getattr(inner, "config", None)
     table = getattr(inner, "embed_positions", None)
     interleave = getattr(config, "rope_interleave", False)
-    own = "apply_rotary_pos_emb_interleave" if interleave else "apply_rotary_pos_emb"
-    function = getattr(home, own, None)
+    names = ["apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"]
+    found = (getattr(home, name, None) for name in (names[::-1] if interleave else names))
+    function = next((each for each in found if each is not None), None)
     if isinstance(table, Tensor) and function is not None:  # GPT-J: sin and cos in one table
         site = Site(at, attn, True, "position_ids")
         rotated = getattr(inner, "rotary_dim", None) or width
         return Rotary(site, start, rotated, d_head, _by_table(function, table))
     site = Site(at, attn, True, "position_embeddings")
-    if function is None:
-        if not hasattr(home, "apply_rotary_emb"):
-            return f"rotates by a function that is not found in {type(inner).__module__}"
+    if function is None and hasattr(home, "apply_rotary_emb"):  # DeepSeek-V2, Llama 4
         return Rotary(site, start, width, d_head, _complex_only)
+    if function is None:
+        if hasattr(attn, "hook_rot_q"):
+            return f"rotates by a function that is not found in {type(inner).__module__}"
+        return None
     return Rotary(site, start, width, d_head, _by_function(function))
+
+
+def _declines(inner: Any, *names: str) -> bool:
+    """Whether one of these is false, and the forward pass asks for it."""
+    asked = unwrap_decorators(type(inner).forward).__code__.co_names
+    return any(name in asked and not getattr(inner, name, True) for name in names)
 
 
 def _by_function(function: Callable[..., Any]) -> Callable[[Tensor, Any], Tensor]:
