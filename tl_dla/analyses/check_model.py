@@ -30,7 +30,7 @@ from tl_dla.errors import UnsupportedModelError
 from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Selection
+from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.targets import NO_TARGETS
 from tl_dla.inputs.tokens import read_prompts
 from tl_dla.model.hooks import is_bridge, upcast
@@ -171,11 +171,12 @@ def check_model(
                 wrote = known.scaled(readout.of_bias(step.norm.beta), readout)
             total = total if wrote is None else total + wrote
             split = block.parts.splits.get(step)
-            if isinstance(split, HeadSplit) and wrote is not None:
+            if isinstance(split, HeadSplit) and isinstance(step, Write) and wrote is not None:
                 check = split.split(known, wrote).checks[0]
                 name = f"{split.key.label} = heads + output bias"
                 found.append(identity(step.layer, name, check.parts, check.value))
         point = block.parts.end
+        assert isinstance(point, ResidPoint)
         seen = kept[block.parts.stream.value[point]]
         if block.before is None and is_multiple(total, seen, reader.machine_eps):
             total = seen
@@ -220,7 +221,7 @@ def _blocks(reader: ModelReader) -> tuple[list[Block], str]:
         return list(_split(reader, "component")), str(error)
 
 
-def _split(reader: ModelReader, unit: str) -> Iterator[Block]:
+def _split(reader: ModelReader, unit: Unit) -> Iterator[Block]:
     steps: list[Step] = []
     before: ResidPoint | None = None
     for step in reader.stream().steps:

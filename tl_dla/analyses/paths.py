@@ -163,7 +163,7 @@ def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
         before = (
             of_query(query, "source", selection) if end is None else end.parts("source", selection)
         )
-        [split] = [s for s in before.splits.values() if s.layer == hop.layer] or [None]
+        split = next((s for s in before.splits.values() if s.layer == hop.layer), None)
         if not isinstance(split, SourceSplit):
             layers = [step.layer for step, _ in before.steps if isinstance(step, Write)]
             raise UnsupportedModelError(

@@ -11,6 +11,7 @@ from tl_dla.attribution import DirectLogitAttribution
 from tl_dla.cli import tables
 from tl_dla.cli.output import Output
 from tl_dla.core.certificate import Reconstruction
+from tl_dla.core.result import Attribution
 from tl_dla.inputs.tokens import token_strings
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _names(result: DirectLogitAttribution) -> list[str]:
     ]
 
 
-def _rows(result: DirectLogitAttribution) -> dict[str, Any]:
+def _rows(result: Attribution) -> dict[str, Any]:
     names = ("unit", "labels", "kinds", "layers")
     return {name: getattr(result, name) for name in names}
 

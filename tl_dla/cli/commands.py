@@ -23,6 +23,7 @@ from tl_dla.cli.answers import (
 )
 from tl_dla.cli.messages import tell
 from tl_dla.cli.output import Output, require_file, require_writable
+from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError, TlDlaError
 from tl_dla.inputs.positions import Positions, read_positions
 from tl_dla.inputs.selection import require_unit
@@ -205,7 +206,7 @@ def next_token(
     return positions.take(model(prompts.packed, return_type="logits")).float().softmax(-1)
 
 
-def predictions(result: DirectLogitAttribution) -> list[list[Prediction]]:
+def predictions(result: Attribution) -> list[list[Prediction]]:
     """How likely the model finds each of the tokens attributed, prompt by prompt."""
     positions, ids = result.positions, result.targets.ids
     after = next_token(result.model, result.prompts, positions)

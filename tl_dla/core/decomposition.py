@@ -82,7 +82,8 @@ class Decomposition:
 
     def readout_of(self, name: str) -> Readout | None:
         """The readout of the first step of that name, None where there is none."""
-        return next((readout for step, readout in self.steps if step.name == name), None)
+        named = ((getattr(step, "name", ""), readout) for step, readout in self.steps)
+        return next((readout for own, readout in named if own == name), None)
 
     def _norms(self) -> list[Norm]:
         readouts = [readout.norms for _, readout in self.steps]
@@ -97,16 +98,16 @@ class Decomposition:
         if self.unit in ("component", "layer"):
             return {}
         split = self._mlp if self.unit == "neuron" else self._attention
-        found = {
+        found: dict[Step, RowSplit] = {
             step: part
             for step, readout in self.steps
             if isinstance(step, Write) and (part := split(step, readout)) is not None
         }
         if found or not whole:
             return found
-        part = "MLP" if self.unit == "neuron" else "attention layer"
+        what = "MLP" if self.unit == "neuron" else "attention layer"
         raise UnsupportedModelError(
-            f"{self.reader.architecture} shows no {part} that writes to the residual stream, so it"
+            f"{self.reader.architecture} shows no {what} that writes to the residual stream, so it"
             f' has no {self.unit} rows; unit="component" and unit="layer" work.'
         )
 

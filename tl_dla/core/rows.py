@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_dla.core.readout import Readout
 from tl_dla.core.taps import Kept, Tap
-from tl_dla.model.stream import FINAL, Kind, Step
+from tl_dla.model.stream import FINAL, Kind, ResidPoint, StreamNorm, Write
 
 _LETTERS = {"head": "H", "source": "H", "neuron": "N", "expert": "E"}
 
@@ -25,7 +25,7 @@ class RowKey(NamedTuple):
     kind: Kind
     layer: int | None = None
     name: str = ""
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # of the layer, not of the tuple
     source: int | None = None
 
     @property
@@ -40,7 +40,7 @@ class RowKey(NamedTuple):
         return label if self.source is None else f"{label}←{self.source}"
 
 
-def key_of(step: Step) -> RowKey:
+def key_of(step: Write | StreamNorm | ResidPoint) -> RowKey:
     """The row of a step of the stream: what is written there, what is seen there, or a norm's β."""
     return RowKey(step.kind, step.layer, step.name)
 
@@ -120,15 +120,17 @@ class Rows:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Rows":
         """Every tensor through a function that leaves the axis of rows alone."""
-        check = ("value", "parts", "abs_sum", "readout_norm")
         sizes = ("total", "ratio", "readout_norm", "final_norm")
+
+        def checked(c: SplitCheck) -> SplitCheck:
+            parts = (f(x) for x in (c.value, c.parts, c.abs_sum, c.readout_norm))
+            return SplitCheck(c.key, c.parts_are, *parts)
+
         return Rows(
             [RowGroup(group.keys, f(group.values)) for group in self.groups],
             [RowGroup(group.keys, f(group.values)) for group in self.constants],
             **{name: f(getattr(self, name)) for name in sizes},
-            checks=[
-                replace(c, **{name: f(getattr(c, name)) for name in check}) for c in self.checks
-            ],
+            checks=[checked(c) for c in self.checks],
         )
 
 

@@ -7,7 +7,7 @@ of a result once more, of another unit or with other rows split, and holds the a
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -84,7 +84,7 @@ class Run:
         for i in range(n):
             rows = slice(i * batch, (i + 1) * batch)
             one = Run(query, self.parts, self.kept.part(rows), self.mean, self.unchecked)
-            one.__dict__["rows"] = self.rows.map(lambda x, rows=rows: _batch(x, rows))
+            one.__dict__["rows"] = self.rows.map(partial(_batch, rows=rows))
             found.append(one)
         return found
 
@@ -113,7 +113,6 @@ def run(
         within: what the model runs inside of, given which of the prompts run: an edit of it.
     """
     selection = Selection() if selection is None else selection
-    within = (lambda _: nullcontext()) if within is None else within
     reader = ModelReader(query.model)
     parts = _in_parts(query)
 
@@ -122,7 +121,7 @@ def run(
             return recall(reader, cache, query, wanted)
         some = []
         for rows in parts:
-            with within(rows):
+            with nullcontext() if within is None else within(rows):
                 some.append(forward(query.part(rows), wanted, logits=False))
         return Kept.joined(some, [wanted] * (len(parts) + 1))
 
@@ -141,7 +140,7 @@ def run(
         if len(parts) > 1:
             mine = of_query(part, unit, selection, None if mean is None else mean.part(rows))
         used.append([*mine.taps, *taps])
-        with within(rows):
+        with nullcontext() if within is None else within(rows):
             some.append(forward(part, used[-1]))
     return Run(query, whole, Kept.joined(some, used), mean)
 

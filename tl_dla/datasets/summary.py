@@ -191,9 +191,11 @@ class DatasetAttribution:
             mean,
             low,
             high,
-            title=f"{self.n:,} prompts: the {len(rows)} largest rows",
-            subtitle=f"{self.quantity}, mean over prompts, {self.confidence:.0%} interval;"
-            f" {self.model}",
+            heading=charts.Heading(
+                f"{self.n:,} prompts: the {len(rows)} largest rows",
+                f"{self.quantity}, mean over prompts, {self.confidence:.0%} interval; {self.model}",
+            ),
+            look=charts.Look(title, width, height),
         )
 
     def __repr__(self) -> str:

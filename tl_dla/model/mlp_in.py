@@ -179,7 +179,7 @@ class MLPInReader:
         for name in _ACTIVATIONS:
             act = getattr(inner, name, None)
             if callable(act):
-                return act if norm is None else lambda pre, act=act: unwrap(norm)(act(pre))
+                return act if norm is None else _then(act, unwrap(norm))
         if {"w1", "w2", "w3"} <= set(inner._modules):
             return torch.nn.functional.silu  # SwiGLU as LLaMA's authors named its matrices (LFM2)
         raise self._refusal(f"the activation of {at} ({class_name(inner)}) in {{}} is not found")
@@ -279,6 +279,12 @@ class MLPInReader:
 
     def _refusal(self, why: str) -> Exception:
         return self.hooks.refusal(f"Going back through an MLP needs its weights, but {why}", _WORKS)
+
+
+def _then(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: second(first(x))
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
