@@ -198,15 +198,15 @@ def test_no_good_example_is_an_error(model):
 
 def test_an_example_whose_rows_miss_the_logit_is_left_out(model, monkeypatch, tmp_path):
     """The certificate of every prompt that ends in token 50 is made to fail."""
-    original = tl_dla.datasets.dataset.direct_logit_attribution
+    original = tl_dla.datasets.dataset._attribute_batch
 
-    def attribute(model, tokens, *args, attention_mask, **options):
-        result = original(model, tokens, *args, attention_mask=attention_mask, **options)
-        last = tokens.gather(1, attention_mask.sum(1, keepdim=True) - 1)[:, 0]
+    def attribute(model, batch, *args, **options):
+        result = original(model, batch, *args, **options)
+        last = torch.tensor([example.tokens[-1] for example in batch.examples])
         result.reconstruction.reconstructed[last == 50] += 0.5
         return result
 
-    monkeypatch.setattr(tl_dla.datasets.dataset, "direct_logit_attribution", attribute)
+    monkeypatch.setattr(tl_dla.datasets.dataset, "_attribute_batch", attribute)
     examples = make(30)
     for i, example in enumerate(examples):
         example["prompt"][-1] = 50 if i in (5, 17) else 51

@@ -228,13 +228,8 @@ def test_a_missing_head_is_an_empty_cell():
     keep = [i for i, label in enumerate(result.labels) if label != "L1H4"]
     import dataclasses
 
-    fewer = dataclasses.replace(
-        result,
-        attribution=result.attribution[keep],
-        labels=[result.labels[i] for i in keep],
-        kinds=[result.kinds[i] for i in keep],
-        layers=[result.layers[i] for i in keep],
-    )
+    keys = [result.keys[i] for i in keep]
+    fewer = dataclasses.replace(result, values=result.values[keep], keys=keys)
     grid = np.asarray(fewer.plot().data[0].z)
     assert np.isnan(grid[1, 4]) and np.isfinite(np.delete(grid.ravel(), 9)).all()
 

@@ -85,11 +85,11 @@ def contents(folder):
 def counted(monkeypatch):
     """The batch sizes of the passes made from here on."""
     passes = []
-    attribute = tl_dla.datasets.dataset.direct_logit_attribution
+    attribute = tl_dla.datasets.dataset._attribute_batch
 
-    def counting(model, tokens, *args, **options):
-        passes.append(len(tokens))
-        return attribute(model, tokens, *args, **options)
+    def counting(model, batch, *args, **options):
+        passes.append(len(batch.examples))
+        return attribute(model, batch, *args, **options)
 
-    monkeypatch.setattr(tl_dla.datasets.dataset, "direct_logit_attribution", counting)
+    monkeypatch.setattr(tl_dla.datasets.dataset, "_attribute_batch", counting)
     return passes

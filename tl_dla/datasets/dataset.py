@@ -30,7 +30,12 @@ from tl_dla.datasets.manifest import make_manifest, read_manifest
 from tl_dla.datasets.shards import Folder, Line, RowNames, Shard, completed, stored
 from tl_dla.datasets.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
-from tl_dla.inputs.models import device_of, scales_with_length
+from tl_dla.inputs.models import (
+    device_of,
+    require_eval,
+    require_model,
+    scales_with_length,
+)
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
@@ -119,6 +124,8 @@ def attribute_dataset(
     options: dict[str, Any] = {"unit": unit, "include_bias": include_bias}
     read: dict[str, Any] = {"pos": pos, "prepend_bos": prepend_bos}
     manifest = make_manifest(model, **options, **read, check=check)
+    model = require_model(model)
+    require_eval(model)
     process, processes = _join(model)
     folder = None if out is None else Folder(out, manifest)
     n = len(examples) if isinstance(examples, Sized) else None
