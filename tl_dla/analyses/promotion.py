@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B
-from tl_dla.core.result import Attribution, require_input
+from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
+from tl_dla.core.run import require_rerun
 from tl_dla.core.taps import Tap, exact, forward
 from tl_dla.core.vectors import vectors_of
 from tl_dla.errors import ArgumentError
@@ -78,7 +79,7 @@ def promoted_tokens(
 ) -> PromotedTokens:
     """The tokens whose logits a row raises and lowers most; see `result.promoted_tokens`."""
     key = result.keys[result.index(label)]
-    require_input(result)
+    require_rerun(result)
     if k < 1 or chunk_size < 1:
         raise ArgumentError(
             f"k and chunk_size must be at least 1; {k} and {chunk_size} were given."

@@ -172,6 +172,13 @@ def again(
     return once
 
 
+def require_rerun(result: Attribution) -> None:
+    """Raise unless the model can be run on a result's prompts, and gives what a cache gave."""
+    require_input(result)
+    if not result.numbers.ran:
+        again(result, "component")
+
+
 def require_same(result: Attribution, parts: Decomposition, kept: Kept) -> None:
     """Raise unless a run gives the logits that a result was made of, but for rounding."""
     own, valid = result.numbers.logits, result.positions.valid

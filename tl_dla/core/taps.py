@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -24,7 +23,7 @@ from tl_dla.inputs.models import scales_with_length
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
-from tl_dla.model.hooks import Site
+from tl_dla.model.hooks import Site, alone_on
 from tl_dla.model.reader import ModelReader
 
 
@@ -96,20 +95,6 @@ class Kept:
             return Kept(values)
         raw, logits = (torch.cat([getattr(p, name) for p in parts]) for name in ("raw", "logits"))
         return Kept(values, raw, logits, parts[0].machine_eps)
-
-
-# Hooks live on the model, which threads may share: one pass at a time.
-_LOCKS: "WeakKeyDictionary[Any, threading.RLock]" = WeakKeyDictionary()
-_NEW_LOCK = threading.Lock()
-
-
-@contextmanager
-def alone_on(model: Any) -> Iterator[None]:
-    """No other thread runs this model with hooks of this package meanwhile."""
-    with _NEW_LOCK:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    with lock:
-        yield
 
 
 @contextmanager

@@ -30,13 +30,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.core.result import Attribution, require_input
-from tl_dla.core.run import CAUSE, Run, run
-from tl_dla.core.taps import Tap, alone_on
+from tl_dla.core.result import Attribution
+from tl_dla.core.run import CAUSE, Run, require_rerun, run
+from tl_dla.core.taps import Tap
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection
+from tl_dla.model.hooks import alone_on
 from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
 
@@ -139,7 +140,7 @@ def run_ablated(
     result: Attribution, groups: dict[str, list[str]], how: How, taps: Sequence[Tap] = ()
 ) -> dict[str, Run]:
     """See `ablate`; `taps` are kept in every ablated run beside those of the rows."""
-    require_input(result)
+    require_rerun(result)
     if how.batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1; {how.batch_size} was given.")
     places = {

@@ -1,5 +1,6 @@
 """A supplied cache: read as an `ActivationCache`, and held to the model and the input."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from tl_dla.errors import ArgumentError, IncompleteCacheError, TokenError
 from tl_dla.inputs.models import device_of
 from tl_dla.inputs.tokens import Input, Prompts, read_prompts
+from tl_dla.model.hooks import alone_on
 
 # Activations whose second axis is positions.
 _BY_POSITION = (
@@ -146,11 +148,14 @@ def _starts_differ(
     """Where the stream of the cache does not begin as the model begins it on these prompts."""
     fresh = []
 
-    def keep(activation: Tensor, **_: Any) -> None:
-        fresh.append(activation)
-        raise _Stop
+    thread = threading.get_ident()
 
-    with torch.no_grad(), suppress(_Stop), model.hooks(fwd_hooks=[(name, keep)]):
+    def keep(activation: Tensor, **_: Any) -> None:
+        if threading.get_ident() == thread:
+            fresh.append(activation)
+            raise _Stop
+
+    with alone_on(model), torch.no_grad(), suppress(_Stop), model.hooks(fwd_hooks=[(name, keep)]):
         model(prompts.packed)
     held = cache.cache_dict[name]
     held = prompts.pack(held if cache.has_batch_dim else held[None]).to(fresh[0])

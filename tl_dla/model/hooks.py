@@ -4,9 +4,12 @@ The one module that knows how `HookedTransformer` and `TransformerBridge` name t
 their modules. Every reader of a part holds a `Hooks`.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +122,17 @@ def parameter(module: Any, name: str) -> Tensor | None:
         with align_module_device(unwrap(module)):
             value = getattr(unwrap(module), name).clone()
     return value.detach()
+
+
+# Hooks live on the model, which threads may share: one pass at a time.
+_LOCKS: "WeakKeyDictionary[Any, threading.RLock]" = WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
+
+
+@contextmanager
+def alone_on(model: Any) -> Iterator[None]:
+    """No other thread runs this model with hooks of this package meanwhile."""
+    with _NEW_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
