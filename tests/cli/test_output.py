@@ -87,17 +87,14 @@ def test_what_no_known_part_wrote_is_said_in_a_line(folder, tmp_path, capsys, mo
         def write(module, given, output):
             return output + 0.5 * torch.arange(output.shape[-1]).cos()
 
-        hook = model.blocks[1].register_forward_hook(
+        model.blocks[1].register_forward_hook(
             lambda module, given, out: (
                 (write(module, given, out[0]), *out[1:])
                 if isinstance(out, tuple)
                 else write(module, given, out)
             )
         )
-        try:
-            return library(model, *args, **options)
-        finally:
-            hook.remove()
+        return library(model, *args, **options)
 
     monkeypatch.setattr(commands, "direct_logit_attribution", with_a_writer_of_its_own)
     assert main([*GIVEN, "--model", folder, "--json"]) == 0
