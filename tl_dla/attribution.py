@@ -189,7 +189,8 @@ def direct_logit_attribution(
     require_check(check)
     require_answer(answer_tokens, candidate_tokens)
     model = require_model(model)
-    selection = read_selection(ModelReader(model), unit, layers, heads, top_neurons)
+    reader = ModelReader(model)
+    selection = read_selection(reader, unit, layers, heads, top_neurons)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     if cache is None:
         require_eval(model)
@@ -202,5 +203,5 @@ def direct_logit_attribution(
     targets = read_targets(model, *answers, len(prompts.tokens), positions, texts_of(input))
     has_batch = cache is None or cache.has_batch_dim
     query = Query(model, prompts, positions, targets, include_bias, has_batch)
-    once = run(query, unit, selection, cache=cache)
+    once = run(query, unit, selection, cache=cache, reader=reader)
     return once.result(DirectLogitAttribution).certified(check, CAUSE)

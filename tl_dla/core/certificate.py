@@ -54,6 +54,7 @@ class Reconstruction:
     unchecked: tuple[str, ...] = ()
     claim: str = "rows add up to"
     splits: tuple[str, ...] = ()
+    stacked: "Reconstruction | None" = field(default=None, repr=False)  # the parts, in one
 
     def __post_init__(self) -> None:
         if not self.expected.shape == self.reconstructed.shape == self.tolerance.shape:
@@ -90,7 +91,8 @@ class Reconstruction:
         """
         within = bool((self.error <= self.tolerance.nan_to_num(0.0)).all())
         within = within and bool((~self.tolerance.isnan()).any())
-        return within and all(part.passed for part in self.parts.values())
+        parts = self.parts.values() if self.stacked is None else [self.stacked]
+        return within and all(part.passed for part in parts)
 
     def __str__(self) -> str:
         worst = self.failures()
@@ -120,6 +122,8 @@ class Reconstruction:
 
     def failures(self) -> list[tuple[str, "Reconstruction"]]:
         """The certificates that fail, the whole first."""
+        if self.passed:
+            return []
         whole = Reconstruction(self.expected, self.reconstructed, self.tolerance, self.against)
         name = "the rows" if self.claim == "rows add up to" else self.claim.rpartition(" ")[0]
         named = [(name, whole), *self.parts.items()]
@@ -213,6 +217,7 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
 
     readout_norm = rows.readout_norm
     parts: dict[str, Reconstruction] = {}
+    stacked = None
     if rows.checks:
         value, total, abs_sum, size = (
             torch.stack([getattr(check, name) for check in rows.checks])
@@ -221,7 +226,8 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         sizes = Sizes(
             2 * size * scale, size * scale, torch.zeros_like(size), (abs_sum * scale).sum(-1)
         )
-        certified = zip(added(value), added(total), tolerance(sizes), strict=True)
+        stacked = Reconstruction(added(value), added(total), tolerance(sizes))
+        certified = zip(stacked.expected, stacked.reconstructed, stacked.tolerance, strict=True)
         for check, (want, got, miss) in zip(rows.checks, certified, strict=True):
             name = f"{check.parts_are} of {check.key.label}"
             parts[name] = Reconstruction(want, got, miss, f"row {check.key.label}")
@@ -244,6 +250,7 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         _unexplained(rows, added, allowed),
         wanted.unchecked,
         splits=tuple(dict.fromkeys(_SPLITS[check.parts_are] for check in rows.checks)),
+        stacked=stacked,
     )
 
 
@@ -251,10 +258,10 @@ def _unexplained(
     rows: Rows, added: Callable[[Tensor], Tensor], allowed: Float[Tensor, "..."]
 ) -> dict[str, float]:
     """The `_rest` rows that are more than rounding, at their largest."""
-    found = {}
-    for key, value in zip(rows.keys, rows.values, strict=True):
-        if key.kind == "rest":
-            size = added(value).abs()
-            if bool((size > allowed).any()):
-                found[key.label] = float(size.nan_to_num(0.0).max())
-    return found
+    rests = [(i, key.label) for i, key in enumerate(rows.keys) if key.kind == "rest"]
+    sizes = {label: added(rows.values[i]).abs() for i, label in rests}
+    return {
+        label: float(size.nan_to_num(0.0).max())
+        for label, size in sizes.items()
+        if bool((size > allowed).any())
+    }

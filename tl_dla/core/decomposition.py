@@ -237,14 +237,18 @@ def logit_readout(
 
 
 def of_query(
-    query: Query, unit: Unit, selection: Selection, mean: Mean | None = None
+    query: Query,
+    unit: Unit,
+    selection: Selection,
+    mean: Mean | None = None,
+    reader: ModelReader | None = None,
 ) -> Decomposition:
     """The target tokens' logits: their columns of W_U pulled back to the end of the stream.
 
     `mean` is the vocabulary's mean capped logit (see `mean_logit.py`), which is then the last
     target.
     """
-    reader, targets = ModelReader(query.model), query.targets
+    reader, targets = ModelReader(query.model) if reader is None else reader, query.targets
     columns, b_U = unembedding(query.model, targets.ids, targets.mean_of_vocab)
     if mean is not None:
         lead = mean.direction.shape[:2]

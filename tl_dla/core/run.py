@@ -101,6 +101,7 @@ def run(
     cache: Any = None,
     taps: Sequence[Tap] = (),
     within: Within | None = None,
+    reader: ModelReader | None = None,
 ) -> Run:
     """Ask the model, or a cache of it.
 
@@ -111,9 +112,10 @@ def run(
         cache: an `ActivationCache` to read in place of running the model.
         taps: what else to keep on the way.
         within: what the model runs inside of, given which of the prompts run: an edit of it.
+        reader: the model as it is now, where it was read already.
     """
     selection = Selection() if selection is None else selection
-    reader = ModelReader(query.model)
+    reader = ModelReader(query.model) if reader is None else reader
     parts = _in_parts(query)
 
     def read(wanted: Sequence[Tap]) -> Kept:
@@ -128,7 +130,7 @@ def run(
     mean = None
     if query.targets.mean_of_vocab and not is_linear(query.model):
         mean = capped_mean(reader, read)
-    whole = of_query(query, unit, selection, mean)
+    whole = of_query(query, unit, selection, mean, reader)
     if cache is not None:
         unchecked = tuple(
             f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
@@ -138,7 +140,9 @@ def run(
     for rows in parts:
         part, mine = query.part(rows), whole
         if len(parts) > 1:
-            mine = of_query(part, unit, selection, None if mean is None else mean.part(rows))
+            mine = of_query(
+                part, unit, selection, None if mean is None else mean.part(rows), reader
+            )
         used.append([*mine.taps, *taps])
         with nullcontext() if within is None else within(rows):
             some.append(forward(part, used[-1]))

@@ -8,7 +8,7 @@ once with the taps in place, unembedding only the positions asked for; `recall` 
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,12 +97,15 @@ class Kept:
         return Kept(values, raw, logits, parts[0].machine_eps)
 
 
+_DEVICES = ("cpu", "cuda")
+
+
 @contextmanager
 def exact() -> Iterator[None]:
     """No gradients, and no autocast that would take contractions out of float32."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
+        for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
@@ -120,6 +123,8 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
     tokens = prompts.packed
     _require_alike(model, query)
     by_site, mine = _by_site(taps), threading.get_ident()
+    # Gradients are off for the whole pass; autocast is the model's business, but not ours.
+    guard = exact if any(map(torch.is_autocast_enabled, _DEVICES)) else nullcontext
 
     def reader(name: str) -> Callable[..., None]:
         def read(activation: Any, **_: Any) -> None:
@@ -129,7 +134,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
                 activation = activation[0]
             x = _batched(activation, *tokens.shape)
             taken: Tensor | None = None
-            with exact():
+            with guard():
                 for tap in by_site[name]:
                     if tap.whole or tap.keys:
                         values[tap] = tap.read(tap.of(x, positions))
@@ -146,7 +151,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             if threading.get_ident() != mine:
                 return
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            with exact():
+            with guard():
                 for tap in by_site[name]:
                     at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
                     values[tap] = tap.read(*at)

@@ -6,7 +6,7 @@ the wrapped modules; what is misread shows in the certificate. No module outside
 `model.blocks`.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ _NONLINEAR_HEADS = ("mlm_head", "prediction_head", "hc_head", "sigma_map", "clas
 class ModelReader:
     """What one model says of itself: one reader a part, together.
 
-    Cheap to make: nothing is kept between calls, so an edited weight is never stale.
+    Made anew for every call, so an edited weight is never stale; within one, the stream is read
+    once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,7 +50,7 @@ class ModelReader:
         self.pattern_and_values = attention.pattern_and_values
         self.value_projection = attention.value_projection
         self.queries_and_keys = QueriesAndKeysReader(hooks, norms).queries_and_keys
-        self.stream, self.last_block = stream.stream, stream.last_block
+        self.stream, self.last_block = cache(stream.stream), stream.last_block
         self.shows_final_stream = stream.shows_final_stream
 
     @cached_property
