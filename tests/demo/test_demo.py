@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from tl_dla import demo
 from tl_dla.datasets.ioi import classic_prompts, ioi_prompts
-from tl_dla.demo import corpus, train
+from tl_dla.demo import corpus, load_bridge, train
 from tl_dla.demo.evaluate import Evaluation, evaluate
 from tl_dla.loading import load_model
 
@@ -126,6 +126,6 @@ def test_the_final_bias_prefers_frequent_names(evaluation):
 def test_the_script_trains_a_model_that_has_learned(tmp_path):
     """A fifth of the steps: well above chance, which is 1 in 51 names and about as many places."""
     train.main(["--steps", "700", "--out", str(tmp_path)])
-    evaluation = evaluate(demo.load_bridge(tmp_path))
+    evaluation = evaluate(load_bridge(tmp_path))
     assert evaluation.indirect_objects.accuracy > 0.2
     assert evaluation.facts.accuracy > 0.2

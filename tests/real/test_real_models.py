@@ -10,9 +10,9 @@ from transformer_lens.tools.analysis import direct_logit_attribution as transfor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import TRANSFORMER_LENS, of_4
-from tl_dla import direct_logit_attribution, loading
+from tl_dla import direct_logit_attribution
 from tl_dla.errors import ModelNotFoundError
-from tl_dla.loading import load_model
+from tl_dla.loading import gguf, load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -32,7 +32,7 @@ def loaded(name):
 
 def plain_logits(name):
     """The last logits of each prompt alone, and the ids of the answers, without TransformerLens."""
-    [folder] = (loading._cache_folder() / "models").glob(f"{name}-*")
+    [folder] = (gguf.cache_folder() / "models").glob(f"{name}-*")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     logits = []

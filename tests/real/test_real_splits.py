@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.gradients import gradients, inputs_of
-from tl_dla import attribute_answer, attribute_path, direct_logit_attribution, loading, token_map
+from tl_dla import attribute_answer, attribute_path, direct_logit_attribution, token_map
 from tl_dla.errors import ModelNotFoundError
-from tl_dla.loading import load_model
+from tl_dla.loading import gguf, load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -24,7 +24,7 @@ def loaded(name):
         model = load_model(name, device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(str(error))
-    [folder] = (loading._cache_folder() / "models").glob(f"{name}-*")
+    [folder] = (gguf.cache_folder() / "models").glob(f"{name}-*")
     plain = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from tl_dla.errors import ModelNotFoundError
-from tl_dla.loading import _PACKAGES, _installed_parts
+from tl_dla.loading.gguf import PACKAGES, installed_parts
 
 FOLDER = Path(__file__).parents[2] / "tutorials"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
@@ -85,10 +85,10 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 def require_weights(notebook: nbformat.NotebookNode) -> None:
     source = "\n".join(cell.source for cell in code(notebook))
-    for name in _PACKAGES:
+    for name in PACKAGES:
         if f'load_model("{name}")' in source:
             try:
-                _installed_parts(name, _PACKAGES[name])
+                installed_parts(name, PACKAGES[name])
             except ModelNotFoundError as error:
                 pytest.skip(str(error))
 

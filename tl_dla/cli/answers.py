@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+import tl_dla.cli.tables as tables
 from tl_dla.analyses.logit_lens import LogitLens
 from tl_dla.attribution import DirectLogitAttribution
-from tl_dla.cli import tables
 from tl_dla.cli.output import Output
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.result import Attribution

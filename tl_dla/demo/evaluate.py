@@ -61,7 +61,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, n_prompts: int = 400, seed: int = 1) -> Evaluation:
-    """Measures a model that `tl_dla.demo.load_bridge` or `load_hooked` loaded."""
+    """Measures a model that `load_model` or `load_bridge` loaded."""
     rng = random.Random(seed)
     people: list[corpus.Prompt] = []
     while len(people) < n_prompts:

@@ -26,7 +26,7 @@ from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.run import CAUSE
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures
-from tl_dla.effects.flags import FLAGS, Flag, flags_of, where
+from tl_dla.effects.flags import FLAGS, Flag, RowEffects, flags_of, where
 from tl_dla.effects.interventions import ABLATABLE, Group, How, name_groups, run_ablated
 from tl_dla.effects.recomputed import FinalLogits, written
 from tl_dla.effects.repair import SelfRepair, compare
@@ -83,7 +83,16 @@ class Audit:
     @cached_property
     def flags(self) -> list[Flag]:
         """What a reader of the rows should know, the largest row first."""
-        return [flag for i in range(len(self.rows)) for flag in flags_of(self, i)]
+        measured = (self.direct, self.direct_recomputed, self.total, self.left)
+        means = [x.reshape(len(self.rows), -1).nanmean(1).tolist() for x in measured]
+        columns = zip(self.rows, *means, self.copy_share.tolist(), strict=True)
+        effects = [
+            RowEffects(
+                name, self.at, direct, new, total, left, copied, self.repairs[name], self.erasures
+            )
+            for name, direct, new, total, left, copied in columns
+        ]
+        return [flag for row in effects for flag in flags_of(row)]
 
     @property
     def sentences(self) -> list[str]:
@@ -155,7 +164,7 @@ class Audit:
         table = self.to_dataframe()[columns].rename(columns={"direct_recomputed": "recomputed"})
         lines = [
             f"Audit of {self.result.target}: the {len(self.rows)} rows,"
-            f" {self.ablation}-ablated at {where(self)} (logits, means)",
+            f" {self.ablation}-ablated at {where(self.at)} (logits, means)",
             table.to_string(index=False, float_format="{:+.3f}".format),
         ]
         return "\n".join([*lines, *[f"- {sentence}" for sentence in self.sentences]])

@@ -5,10 +5,10 @@ it. Flags judge means over prompts and positions.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tl_dla.effects.audit import Audit
+from tl_dla.effects.erasure import Erasures
+from tl_dla.effects.repair import SelfRepair
+from tl_dla.effects.substitutes import At
 
 # When a flag is raised. Half of an effect is where a reader's conclusion changes: what is left of
 # it is no longer most of it. A quarter for the norm, whose part Rushing and Nanda put near 30 % of
@@ -30,18 +30,24 @@ class Flag:
         return self.sentence
 
 
-class _Row:
-    """One row's numbers as means over prompts and positions, and the words for them."""
+@dataclass(frozen=True, eq=False)
+class RowEffects:
+    """What an audit found of one row, as means over prompts and positions (logits)."""
 
-    def __init__(self, audit: "Audit", i: int) -> None:
-        self.audit, self.name = audit, audit.rows[i]
-        self.repair = audit.repairs[self.name]
-        self.direct = float(audit.direct[i].nanmean())
-        self.recomputed = float(audit.direct_recomputed[i].nanmean())
-        self.total = float(audit.total[i].nanmean())
-        self.left = float(audit.left[i].nanmean())
-        self.copied = float(audit.copy_share[i])
-        self.norm = float(self.repair.norm.nanmean())
+    name: str
+    at: At
+    direct: float
+    recomputed: float  # the direct effect with the final norm rescaling
+    total: float
+    left: float  # of what it wrote, at the end; NaN for a group of rows
+    copied: float  # of the row, from source tokens that are the answer
+    repair: SelfRepair
+    erasures: Erasures
+
+    @property
+    def norm(self) -> float:
+        """What the final norm's rescaling gives back."""
+        return float(self.repair.norm.nanmean())
 
     @property
     def by_norm(self) -> bool:
@@ -50,8 +56,9 @@ class _Row:
 
     @property
     def ablated(self) -> str:
+        """How a sentence about it begins."""
         direct = f"{self.name} writes {self.direct:+.3f} directly"
-        return f"{direct}, but ablating it at {where(self.audit)} moves the"
+        return f"{direct}, but ablating it at {where(self.at)} moves the"
 
     @property
     def reactions(self) -> str:
@@ -81,15 +88,15 @@ class _Row:
 
     @property
     def erasers(self) -> str:
-        table = self.audit.erasures.to_dataframe()
+        """The rows that remove most of it."""
+        table = self.erasures.to_dataframe()
         pairs = table[table["writer"] == self.name].head(3)
         ratios = zip(pairs["eraser"], pairs["projection_ratio"], strict=True)
         return ", ".join(f"{eraser} {ratio:+.0%}" for eraser, ratio in ratios)
 
 
-def flags_of(audit: "Audit", i: int) -> list[Flag]:
-    """The flags of one row of an audit."""
-    row = _Row(audit, i)
+def flags_of(row: RowEffects) -> list[Flag]:
+    """The flags of one row."""
     found: dict[str, str] = {}
     direct, total, name = row.direct, row.total, row.name
     if direct * total < 0 and abs(total) > TENTH * abs(direct):
@@ -131,6 +138,6 @@ def flags_of(audit: "Audit", i: int) -> list[Flag]:
     return [Flag(name, flag, sentence) for flag, sentence in found.items()]
 
 
-def where(audit: "Audit") -> str:
+def where(at: At) -> str:
     """Where rows were ablated, in words."""
-    return "every token" if audit.at == "all" else "the attributed position"
+    return "every token" if at == "all" else "the attributed position"

@@ -70,7 +70,10 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     Raises:
         TokenError: for a position that a prompt does not have.
     """
-    from transformer_lens.utilities import Slice
+    try:
+        from transformer_lens.utilities import Slice
+    except ImportError:  # TransformerLens 2
+        from transformer_lens.utils import Slice
 
     if isinstance(pos, Slice):
         pos = pos.slice
