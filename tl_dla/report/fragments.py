@@ -12,6 +12,7 @@ from tl_dla.core.view import prompt_tokens
 from tl_dla.figures import theme
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 from tl_dla.figures.text import number
+from tl_dla.model.reader import ModelReader
 
 _PACKAGES = ("tl-dla", "transformer-lens", "torch", "transformers", "plotly", "circuitsvis")
 _MOST_TOKENS = 160  # of an attention pattern, whose size grows with their square
@@ -19,7 +20,7 @@ _MOST_TOKENS = 160  # of an attention pattern, whose size grows with their squar
 
 def model(result: Attribution) -> str:
     """The model in one line."""
-    cfg, reader = result.model.cfg, result.plan.reader
+    cfg, reader = result.model.cfg, ModelReader(result.model)
     name = str(getattr(cfg, "model_name", None) or "")
     # A hub id is an owner and a name; of a folder's path only the last part is shown.
     words = [name if name.count("/") == 1 else name.rpartition("/")[2]] if name else []
