@@ -163,9 +163,11 @@ class _Score:
     """
 
     def __init__(
-        self, reader: ModelReader, layer: int, head: int, query: Query, unit: Unit
+        self, reader: ModelReader, place: tuple[int, int], query: Query, unit: Unit
     ) -> None:
-        self.reader, self.layer, self.head, self.query = reader, layer, head, query
+        self.reader, self.query = reader, query
+        self.layer, self.head = place
+        layer = self.layer
         self.qk = qk = reader.queries_and_keys(layer)
         steps, self.norm = below(reader, reader.stream().steps, layer)
         identity = Readout.identity(reader.model.W_U.new_empty(reader.model.cfg.d_model, 0))
@@ -216,10 +218,7 @@ class _Score:
         bias = bias if self.bias is None else kept[self.bias].to(x)
         form = ScoreForm.of(self.qk, self.head, x, rotation, bias, index[:, 0].to(x.device))
         vectors = self.parts.rows(kept, self.query.positions)
-        streams = tuple(
-            vectors.map(lambda v, place=place: v[..., place, :])
-            for place in (slice(1), slice(1, None))
-        )
+        streams = vectors.map(lambda v: v[..., :1, :]), vectors.map(lambda v: v[..., 1:, :])
         scale = None if self.scale is None else kept[self.scale]
         scales = (None, None) if scale is None else (scale[:, :1], scale[:, 1:])
         query = Side(self.layer, "b_Q", form.to_q, form.b_Q, form.k, self.norm, scales[0])
