@@ -1,5 +1,6 @@
 """The public names: type checkers read them here, and `__init__.py` imports them from here."""
 
+from .analyses.attention_scores import attribute_attention as attribute_attention
 from .analyses.check_model import check_model as check_model
 from .analyses.completion import AnswerAttribution as AnswerAttribution
 from .analyses.completion import attribute_answer as attribute_answer
@@ -11,6 +12,7 @@ from .analyses.logit_lens import LogitLens as LogitLens
 from .analyses.logit_lens import logit_lens as logit_lens
 from .analyses.paths import attribute_path as attribute_path
 from .analyses.promotion import PromotedTokens as PromotedTokens
+from .analyses.score_ledgers import AttentionAttribution as AttentionAttribution
 from .analyses.token_map import TokenMap as TokenMap
 from .analyses.token_map import token_map as token_map
 from .attribution import DirectLogitAttribution as DirectLogitAttribution

@@ -292,7 +292,7 @@ def test_sources_that_are_not_there_are_refused():
         attribute_path(result, "L2H1", 11)
     with pytest.raises(TokenError, match="'nowhere' is 0 times a token of prompt 0"):
         attribute_path(result, "L2H1", "nowhere")
-    with pytest.raises(TokenError, match="3 sources were given for 2 prompts"):
+    with pytest.raises(TokenError, match="3 positions were given as source for 2 prompts"):
         attribute_path(result, "L2H1", [1, 2, 3])
     path = attribute_path(result, "L1H1", 5)
     with pytest.raises(UnsupportedModelError, match="L2H1 wrote nothing to the stream"):

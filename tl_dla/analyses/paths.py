@@ -14,13 +14,13 @@ a path of a path goes one step further back. This is the residual stream seen th
 (https://transformer-circuits.pub/2021/framework) on one prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.certificate import Check, Wanted
@@ -31,11 +31,10 @@ from tl_dla.core.rows import RowKey, ScaledKept
 from tl_dla.core.run import require_same
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import exact, forward
-from tl_dla.errors import TokenError, UnsupportedModelError
-from tl_dla.inputs.positions import Positions
+from tl_dla.errors import UnsupportedModelError
+from tl_dla.inputs.positions import Positions, read_places
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, place_of_head, read_selection, require_unit
-from tl_dla.inputs.tokens import token_strings
 from tl_dla.model.attention import ValueProjection
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
@@ -103,7 +102,7 @@ def attribute_path(
     reader = ModelReader(result.model)
     place = place_of_head(reader, head)
     selection = read_selection(reader, unit, layers, heads, top_neurons)
-    hops = (*result.hops, Hop(*place, _source_positions(result, source)))
+    hops = (*result.hops, Hop(*place, read_places(reader.model, result.prompts, source, "source")))
     with exact():
         end = follow(result, hops)
         parts = end.parts(unit, selection)
@@ -206,37 +205,6 @@ def _values(
     return direction, here.contract(v), here.norm_of(v)
 
 
-def _source_positions(
-    result: Attribution, source: int | str | Sequence[int]
-) -> Int[Tensor, " batch"]:
-    """The source token of each prompt, counted over its real tokens."""
-    prompts = result.prompts
-    lengths = prompts.length.tolist()
-    if isinstance(source, str):
-        places = [_find(result, row, source) for row in range(len(lengths))]
-    else:
-        places = [source] * len(lengths) if isinstance(source, int) else list(source)
-    if len(places) != len(lengths):
-        raise TokenError(f"{len(places)} sources were given for {len(lengths)} prompts.")
-    for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
-        if not -length <= place < length:
-            raise TokenError(f"Source {place} is outside prompt {row}, which has {length} tokens.")
-    resolved = [place % length for place, length in zip(places, lengths, strict=True)]
-    return torch.tensor(resolved, device=prompts.tokens.device)
-
-
-def _find(result: Attribution, row: int, text: str) -> int:
-    prompts = result.prompts
-    texts = token_strings(result.model, prompts.packed[row, : int(prompts.length[row])])
-    places = [place for place, token in enumerate(texts) if token == text]
-    if len(places) != 1:
-        raise TokenError(
-            f"{text!r} is {len(places)} times a token of prompt {row}"
-            f" ({', '.join(map(repr, texts))}): give its position."
-        )
-    return places[0]
-
-
 # ---- the stream below it -----------------------------------------------------------------------
 
 
@@ -248,7 +216,7 @@ def through_head(
 ) -> Decomposition:
     """The readout of a head's values pulled back to the stream that it reads."""
     reader, layer = before.reader, hop.layer
-    steps, norm = _below(before, layer)
+    steps, norm = below(reader, [step for step, _ in before.steps], layer)
     projection = reader.value_projection(layer, values.shape[-1])
     W_V, b_V = _of_head(projection, reader, hop)
     readout = Readout(values)
@@ -260,11 +228,16 @@ def through_head(
     return Decomposition(reader, steps, logit, constants, *about, whole=False)
 
 
-def _below(before: Decomposition, layer: int) -> tuple[list[Step], Norm | None]:
-    """The steps of the stream up to what the layer's attention reads, and the norm in between."""
-    reader = before.reader
+def below(
+    reader: ModelReader, stream: Iterable[Step], layer: int
+) -> tuple[list[Step], Norm | None]:
+    """The steps of the stream up to what the layer's attention reads, and the norm in between.
+
+    Raises:
+        UnsupportedModelError: where the stream is not shown there.
+    """
     steps: list[Step] = []
-    for step, _ in before.steps:
+    for step in stream:
         if isinstance(step, Write) and (step.layer, step.name) == (layer, "attn_out"):
             break
         steps.append(step)

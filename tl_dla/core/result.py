@@ -253,6 +253,13 @@ class Attribution:
         others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
         return f"{names[0]} − {others}"
 
+    @property
+    def total(self) -> str:
+        """What the rows add up to, in words."""
+        if self.hops:
+            return f"row {self.path[-1]}"
+        return "model's own logit" if self.include_bias else "logit without biases"
+
     # ---- ranking -------------------------------------------------------------------------------
 
     def top(

@@ -11,6 +11,11 @@ number x to it makes an error that is uniform in ±ε|x|/2, of standard deviatio
 * The contractions, here and in the model, in at least float32: ε₃₂·√d·‖x ⊙ w‖/s for a dot product
   of d terms, and ε₃₂ times the sum of the rows' absolute values for adding them up.
 
+An attention score (`score_sizes`) is rounded as a logit is, and so is every step from the stream to
+its query and key (`Frozen.felt`). The log of an attention weight p carries the relative error of p
+itself, ε or what is left of it below the smallest normal number, and the absolute error of what was
+exponentiated, which is at most |log p|.
+
 Six standard deviations are allowed: chance alone exceeds them once in 500 million. A component
 that is left out is caught as soon as its row is larger than that.
 
@@ -69,6 +74,21 @@ def rounding(
     dots = eps * d**0.5 * final
     variance = (forward.square() + dots.square()) @ weights.double().square().mT
     return SIGMAS * variance.sqrt() + eps * abs_sum[..., None]
+
+
+def score_sizes(
+    scores: Float[Tensor, "batch key"], paid: Float[Tensor, "batch key"], dtype: torch.dtype
+) -> Float[Tensor, " batch"]:
+    """What rounding is measured by in the log of a ratio of attention, or in a score.
+
+    Args:
+        scores: of each key; rounded after the product, the scale, the bias and the cap.
+        paid: the attention to each key; 1 where a score is read before its softmax.
+        dtype: that the attention is rounded to.
+    """
+    relative = (torch.finfo(dtype).tiny / paid.double()).clamp(min=1.0) * (paid != 1)
+    parts = [2 * scores.double(), paid.double().log(), relative]
+    return torch.cat(parts, 1).norm(dim=1).to(scores)
 
 
 def explained_by_rounding(

@@ -153,6 +153,9 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             with guard():
                 for tap in by_site[name]:
+                    if tap.site.argument is not None:
+                        values[tap] = tap.read(kwargs[tap.site.argument])
+                        continue
                     at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
                     values[tap] = tap.read(*at)
 

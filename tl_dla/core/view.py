@@ -39,6 +39,8 @@ class Shown(Protocol):
     def path(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def target(self) -> str: ...  # noqa: D102
+    @property
+    def total(self) -> str: ...  # noqa: D102
 
 
 _WRITERS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
@@ -128,11 +130,10 @@ def prompt_tokens(result: Shown, prompt: int) -> list[str]:
 
 def _words(result: Shown) -> Words:
     """What is attributed, and whether it adds up."""
-    logit = "model's own logit" if result.query.include_bias else "logit without biases"
     through = "".join(f", through {source}" for source in result.path)
     return Words(
         target=result.target + through,
-        logit=f"row {result.path[-1]}" if result.path else logit,
+        logit=result.total,
         certificate=f"{'✓' if result.reconstruction.passed else '✗'} {result.reconstruction}",
     )
 

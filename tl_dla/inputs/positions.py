@@ -3,6 +3,7 @@
 They count the real tokens of each prompt: 0 is its first, -1 its last, whatever the padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.inputs.tokens import Prompts
+from tl_dla.inputs.tokens import Prompts, require_tokenizer, token_strings
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +116,41 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     every = isinstance(pos, slice) and pos == slice(None)
     shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
     return Positions(index, valid.to(device), single, every, shared)
+
+
+def read_places(
+    model: Any, prompts: Prompts, given: int | str | Sequence[int], name: str
+) -> Int[Tensor, " batch"]:
+    """One token of each prompt: its position, one per prompt, or its text where that is once.
+
+    Raises:
+        TokenError: for a token that a prompt does not have; `name` says which was meant.
+    """
+    lengths = prompts.length.tolist()
+    if isinstance(given, str):
+        places = [_find(model, prompts, row, given) for row in range(len(lengths))]
+    else:
+        places = [given] * len(lengths) if isinstance(given, int) else list(given)
+    if len(places) != len(lengths):
+        raise TokenError(
+            f"{len(places)} positions were given as {name} for {len(lengths)} prompts."
+        )
+    for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
+        if not -length <= place < length:
+            raise TokenError(
+                f"{name.capitalize()} {place} is outside prompt {row}, which has {length} tokens."
+            )
+    resolved = [place % length for place, length in zip(places, lengths, strict=True)]
+    return torch.tensor(resolved, device=prompts.tokens.device)
+
+
+def _find(model: Any, prompts: Prompts, row: int, text: str) -> int:
+    require_tokenizer(model, "positions")
+    texts = token_strings(model, prompts.packed[row, : int(prompts.length[row])])
+    places = [place for place, token in enumerate(texts) if token == text]
+    if len(places) != 1:
+        raise TokenError(
+            f"{text!r} is {len(places)} times a token of prompt {row}"
+            f" ({', '.join(map(repr, texts))}): give its position."
+        )
+    return places[0]

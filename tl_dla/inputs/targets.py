@@ -43,6 +43,8 @@ class Targets:
 
 # Of a run that is asked for no logit.
 NO_TARGETS = Targets(torch.zeros(1, 1, 0, dtype=torch.long), torch.zeros(0, 0))
+# Of one number that is no logit.
+ONE_NUMBER = Targets(torch.zeros(1, 1, 1, dtype=torch.long), torch.ones(1, 1))
 
 
 def require_answer(answer: Any, candidates: Any) -> None:
