@@ -10,6 +10,7 @@ import torch
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import Readout, decompose, direct_logit_attribution, required_hooks
+from tl_dla.core.rows import RowKey
 from tl_dla.core.vectors import ResidualStack
 
 UNITS = ["component", "layer", "head"]
@@ -140,7 +141,7 @@ def test_positions_and_batches_of_a_cache(name):
     close(decompose(cache, pos=slice(2, 5)).vectors, every[:, :, 2:5], 0)
     close(decompose(cache, pos=[4, 0]).vectors, every[:, :, [4, 0]], 0)
     _, single = model.run_with_cache(tokens()[:1], remove_batch_dim=True)
-    close(decompose(single, pos=None).vectors, every[:, :1], 1e-6)
+    close(decompose(single, pos=None).vectors, every[:, 0], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -180,7 +181,9 @@ def test_other_units_have_no_vectors():
 
 
 def test_a_row_by_its_label():
-    stack = ResidualStack(torch.arange(6.0).reshape(2, 3), ["a", "b"], ["attn", "mlp"], [0, 0])
+    stack = ResidualStack(
+        torch.arange(6.0).reshape(2, 3), [RowKey("attn", None, "a"), RowKey("mlp", None, "b")]
+    )
     close(stack["b"], torch.tensor([3.0, 4.0, 5.0]), 0)
 
 
