@@ -1,6 +1,11 @@
 """The public names: type checkers read them here, and `__init__.py` imports them from here."""
 
 from .analyses.attention_scores import attribute_attention as attribute_attention
+from .analyses.cache_methods import accumulated_resid as accumulated_resid
+from .analyses.cache_methods import apply_ln_to_stack as apply_ln_to_stack
+from .analyses.cache_methods import decompose_resid as decompose_resid
+from .analyses.cache_methods import logit_attrs as logit_attrs
+from .analyses.cache_methods import stack_head_results as stack_head_results
 from .analyses.check_model import check_model as check_model
 from .analyses.completion import AnswerAttribution as AnswerAttribution
 from .analyses.completion import attribute_answer as attribute_answer

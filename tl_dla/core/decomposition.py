@@ -242,11 +242,13 @@ def of_query(
     selection: Selection,
     mean: Mean | None = None,
     reader: ModelReader | None = None,
+    *,
+    end_only: bool = False,
 ) -> Decomposition:
     """The target tokens' logits: their columns of W_U pulled back to the end of the stream.
 
     `mean` is the vocabulary's mean capped logit (see `mean_logit.py`), which is then the last
-    target.
+    target. With `end_only` no further than that end, where only the whole stream is read.
     """
     reader, targets = ModelReader(query.model) if reader is None else reader, query.targets
     columns, b_U = unembedding(query.model, targets.ids, targets.mean_of_vocab)
@@ -257,4 +259,5 @@ def of_query(
             b_U = torch.cat([b_U[:, :, :-1].expand(*lead, -1), mean.bias], 2)
     logit, beta = logit_readout(reader, columns)
     constants = [(LN_FINAL_B, beta), (B_U, b_U)]
-    return Decomposition(reader, reader.stream().steps, logit, constants, unit, selection)
+    steps = reader.stream().steps[-1 if end_only else 0 :]
+    return Decomposition(reader, steps, logit, constants, unit, selection, not end_only)

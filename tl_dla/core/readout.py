@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.errors import ArgumentError
 from tl_dla.model.hooks import upcast
 from tl_dla.model.norms import Norm
 
@@ -64,9 +65,29 @@ class Readout:
     def of(self, stack: Any) -> Float[Tensor, "..."]:
         """What vectors at this place write to the logit, in logits.
 
-        Takes `[row, *lead, d]`, or a `ResidualStack`, to `[row, *lead]`.
+        Takes `[row, *lead, d]`, or a `ResidualStack`, to `[row, *lead]`. Where the readout is of
+        one place only, the stack may come without the axes of `lead`.
+
+        Raises:
+            ArgumentError: for a stack of other places than the readout's.
         """
         stack = getattr(stack, "vectors", stack).to(self.direction.dtype)
+        lead, own = self.direction.shape[:-1], stack.shape[1:-1]
+        if len(own) < len(lead):
+            if lead.numel() != 1:
+                raise ArgumentError(
+                    f"The readout has a direction for each of {list(lead)} prompts and positions,"
+                    f" and the stack, {list(stack.shape)}, is not"
+                    f" [row, {', '.join(map(str, lead))}, d]: read the whole stack, and take the"
+                    " prompt from what comes out."
+                )
+            missing = [1] * (len(lead) - len(own))
+            return self.of(stack.reshape(*stack.shape[:-1], *missing, -1)).reshape(stack.shape[:-1])
+        if any(a not in (1, b) for a, b in zip(lead[::-1], own[::-1], strict=False)):
+            raise ArgumentError(
+                f"The readout is of {list(lead)} prompts and positions, the stack of {list(own)}:"
+                " take both at the same ones."
+            )
         value = (stack * self.direction).sum(-1)
         return value if self.scale is None else value / self.scale
 

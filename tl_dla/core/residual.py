@@ -18,7 +18,7 @@ from tl_dla.core.taps import Tap
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import Rescale, ResidPoint, Step, StreamNorm, Write
+from tl_dla.model.stream import FINAL, Rescale, ResidPoint, Step, StreamNorm, Write
 
 Steps = list[tuple[Step, Readout]]
 
@@ -157,14 +157,14 @@ class StreamTaps:
             embed, start = (kept[tap] for tap in self.vector.values())
             if is_multiple(embed, start, reader.machine_eps):
                 return [RowGroup.one(RowKey("embed", None, "embed"), after)]
-        if point is self.steps[-1][0] and not reader.shows_final_stream(point):
+        if point.name == FINAL and not reader.shows_final_stream(point):
             raise UnsupportedModelError(
                 f"{reader.architecture} does something to the residual stream between its last"
                 f" block and {point.site.name} that is not understood; no unit works on it."
             )
         key = RowKey("rest", None, "embed_rest")
         if number:
-            key = RowKey("rest", point.layer - 1, "rest")
+            key = RowKey("rest", point.layer - (point.name != "mid"), "rest")
         return [*rows, RowGroup.one(key, rest)]
 
 

@@ -40,6 +40,9 @@ class RowKey(NamedTuple):
         return label if self.source is None else f"{label}←{self.source}"
 
 
+REMAINDER = RowKey("remainder", None, "remainder")  # all rows but the heads, as one
+
+
 def key_of(step: Write | StreamNorm | ResidPoint) -> RowKey:
     """The row of a step of the stream: what is written there, what is seen there, or a norm's β."""
     return RowKey(step.kind, step.layer, step.name)

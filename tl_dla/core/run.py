@@ -59,9 +59,9 @@ class Run:
         """All rows, with the model's constants where the query asks for them."""
         with exact():
             targets = self.query.targets
-            return self.parts.rows(self.kept, self.query.positions, self._ratio, targets.weights)
+            return self.parts.rows(self.kept, self.query.positions, self.ratio_of, targets.weights)
 
-    def _ratio(self, total: Float[Tensor, "batch pos token"]) -> Float[Tensor, "batch pos token"]:
+    def ratio_of(self, total: Float[Tensor, "batch pos token"]) -> Float[Tensor, "batch pos token"]:
         """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
         raw, logits = self.kept.raw, self.kept.logits
         if raw is None or logits is None:
@@ -243,11 +243,46 @@ def readout_of(result: Attribution) -> Readout:
         parts = again(result, "component").parts
     else:
         parts = of_query(query, "component", Selection())
-    base = parts.readout
-    weights = (numbers.ratio * query.targets.weights[0].to(numbers.ratio))[..., None]
-    direction = query.positions.squeeze((base.direction.to(weights) * weights).sum(-2))
-    scale = query.positions.squeeze(numbers.scale) if base.norms else None
-    return Readout(direction, base.norms, scale)
+    return _added_up(query, parts.readout, numbers.ratio, numbers.scale)
+
+
+def frozen_readout(query: Query, cache: Any) -> Readout:
+    """The same from a cache alone, which need hold no more than the end of the stream."""
+    reader = ModelReader(query.model)
+
+    def read(taps: Sequence[Tap]) -> Kept:
+        return recall(reader, cache, query, taps)
+
+    with exact():
+        linear = not query.targets.mean_of_vocab or is_linear(query.model)
+        mean = None if linear else capped_mean(reader, read)
+        parts = of_query(query, "component", Selection(), mean, end_only=True)
+        kept = read(parts.taps)
+        known = parts.scaled(kept, query.positions)
+        total = known.scaled(kept[parts.stream.value[parts.end]], parts.readout)
+        total = total + sum(bias.to(total) for _, bias in parts.constants)
+        ratio = Run(query, parts, kept, mean).ratio_of(total)
+        scale = torch.ones_like(total[..., 0])
+        for norm in parts.readout.norms:
+            scale = scale * known.scales[norm.name].to(scale)
+        return _added_up(query, parts.readout, ratio, scale)
+
+
+def _added_up(
+    query: Query,
+    tokens: Readout,
+    ratio: Float[Tensor, "batch pos token"],
+    scale: Float[Tensor, "batch pos"],
+) -> Readout:
+    """One readout of the logits of several tokens, with the axes that were asked for."""
+    weights = (ratio * query.targets.weights[0].to(ratio))[..., None]
+    direction = (tokens.direction.to(weights) * weights).sum(-2)
+
+    def squeezed(x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "..."]:
+        x = query.positions.squeeze(x)
+        return x if query.has_batch else x.squeeze(0)
+
+    return Readout(squeezed(direction), tokens.norms, squeezed(scale) if tokens.norms else None)
 
 
 def required_hooks(model: Any, unit: Unit = "component") -> list[str]:

@@ -44,7 +44,7 @@ class ModelReader:
         self.n_layers, self.site = hooks.n_layers, hooks.site
         self.norm, self.post_norm = norms.norm, norms.post_norm
         self.final_norm, self.attention_norm = norms.final_norm, norms.attention_norm
-        self.mlp_norm = norms.mlp_norm
+        self.mlp_norm, self.parallel = norms.mlp_norm, norms.parallel
         self.attention, self.mlp = attention.attention, mlps.mlp
         self.mlp_in = MLPInReader(hooks, norms).mlp_in
         self.pattern_and_values = attention.pattern_and_values

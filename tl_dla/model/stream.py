@@ -34,6 +34,7 @@ Kind = Literal[
     "bias",
     "residual",
     "rest",
+    "remainder",  # everything but the heads
 ]
 
 # Where a block writes, as (hook below the block, label, kind, attribute of the wrapped block that
