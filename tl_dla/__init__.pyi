@@ -13,6 +13,8 @@ from .analyses.geometry import UnembeddingPCA as UnembeddingPCA
 from .analyses.geometry import unembedding_pca as unembedding_pca
 from .analyses.head_patterns import HeadPattern as HeadPattern
 from .analyses.head_patterns import top_heads_with_patterns as top_heads_with_patterns
+from .analyses.inputs_ledger import InputAttribution as InputAttribution
+from .analyses.inputs_ledger import attribute_inputs as attribute_inputs
 from .analyses.logit_lens import LogitLens as LogitLens
 from .analyses.logit_lens import logit_lens as logit_lens
 from .analyses.paths import attribute_path as attribute_path

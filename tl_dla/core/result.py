@@ -84,7 +84,7 @@ class Attribution:
 
     values: Float[Tensor, "row batch pos candidate"]
     keys: list[RowKey]
-    unit: Unit
+    unit: Unit | Literal["input"]
     reconstruction: Reconstruction
     query: Query
     selection: Selection

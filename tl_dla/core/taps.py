@@ -32,7 +32,8 @@ class Tap:
     """Keep `read(activation at the attributed positions)`.
 
     `whole` reads the activation at every position instead, real tokens first. `keys` reads an
-    attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key.
+    attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key;
+    with `whole`, at every position.
     `heads_first` is for activations `[batch, head, pos, ...]`: the two axes are swapped.
     """
 
@@ -49,7 +50,10 @@ class Tap:
         if self.heads_first:
             x = x.transpose(1, 2)
         if self.whole:
-            return x if start is None else _rolled(x, start, 1)
+            if start is None:
+                return x
+            x = _rolled(x, start, 1)
+            return _rolled(x, start, 3) if self.keys else x
         if self.keys:
             x = positions.take(x, start)
             return x if start is None else _rolled(x, start, 3)

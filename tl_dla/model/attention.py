@@ -117,6 +117,10 @@ class AttentionReader:
             f'unit="source" mixes values by a pattern; {at} in {{}} {why}', _HEADS_WORK
         )
 
+    def gate(self, layer: int) -> Gate | None:
+        """What multiplies the layer's mixed values before W_O; None where nothing does."""
+        return self._gate(f"blocks.{layer}.attn", unwrap(self.model.blocks[layer].attn))
+
     def _gate(self, at: str, inner: Any) -> Gate | None:
         site = self.hooks.site(f"{at}.hook_q_gate") or self.hooks.site(f"{at}.gate.hook_out")
         norm = getattr(inner, "attn_sub_norm", None)

@@ -20,6 +20,7 @@ from tl_dla.model.mlp_in import MLPInReader
 from tl_dla.model.norms import NormReader
 from tl_dla.model.queries_keys import QueriesAndKeysReader
 from tl_dla.model.stream import StreamReader
+from tl_dla.model.values import Values, values_of
 
 # Modules between the stream and the logits that no frozen linear map can stand for.
 _NONLINEAR_HEADS = ("mlm_head", "prediction_head", "hc_head", "sigma_map", "classifier_ln")
@@ -47,11 +48,16 @@ class ModelReader:
         self.mlp_norm, self.parallel = norms.mlp_norm, norms.parallel
         self.attention, self.mlp = attention.attention, mlps.mlp
         self.mlp_in = MLPInReader(hooks, norms).mlp_in
-        self.pattern_and_values = attention.pattern_and_values
+        self.pattern_and_values, self.gate = attention.pattern_and_values, attention.gate
         self.value_projection = attention.value_projection
         self.queries_and_keys = QueriesAndKeysReader(hooks, norms).queries_and_keys
+        self._attention = attention
         self.stream, self.last_block = cache(stream.stream), stream.last_block
         self.shows_final_stream = stream.shows_final_stream
+
+    def values(self, layer: int, d_head: int) -> Values:
+        """How the layer's values are made; see `values_of`."""
+        return values_of(self._attention, layer, d_head)
 
     @cached_property
     def dtype(self) -> torch.dtype:
