@@ -13,7 +13,7 @@ function make(tag, properties = {}, ...inside) {
   return element;
 }
 const number = x => Number.isFinite(x) ? ((x < 0 ? "−" : "+") + Math.abs(x).toFixed(Math.abs(x) >= 10 ? 2 : 3)) : "–";
-const percent = x => (100 * x).toFixed(1) + "%";
+const percent = x => (100 * x).toFixed(1).replace("-", "−") + "%";
 const quoted = text => "“" + text.replaceAll("\n", "↵") + "”";
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 
@@ -33,7 +33,7 @@ const valueOf = (r, c) => overall() ? asked.mean[c][r] : mean(places().map(s => 
 const logitOf = c => mean(places().map(s => asked.logit[s][c]));
 function placed(s) {
   const [prompt, position] = asked.places[s], tokens = (asked.tokens || {})[prompt];
-  return `prompt ${prompt}, position ${position}` + (tokens ? ` ${quoted(tokens[position])}` : "");
+  return (asked.n_prompts > 1 ? `prompt ${prompt}, ` : "") + `position ${position}` + (tokens ? ` ${quoted(tokens[position])}` : "");
 }
 function moved(s, head) {
   const by = columns().map(c => asked.moved[s][c][head]);
@@ -99,11 +99,13 @@ function variantOf(name) {
   }
   return Object.keys(figures[name])[0];
 }
-// Where the stream is read right after a row was written, and which row a reading follows.
-function station(label) {
+// What stands for a row where it has no place of its own: the row that holds it, or the reading of
+// the stream right after it was written; and which row a reading follows.
+function standsFor(label) {
   const [, kind, layer] = asked.rows[byLabel.get(label)] ?? [];
   if (layer === null || layer === undefined) return [];
-  return ["head", "attn", "source"].includes(kind) ? [`${layer}_mid`] : [`${layer + 1}_pre`, "final_post"];
+  const attention = ["head", "attn", "source"].includes(kind);
+  return attention ? [`${layer}_attn_out`, `${layer}_mid`] : [`${layer}_mlp_out`, `${layer + 1}_pre`, "final_post"];
 }
 function writerOf(label) {
   const [, layer, name] = /^(\d+)_(mid|pre)$/.exec(label) ?? [];
@@ -112,7 +114,7 @@ function writerOf(label) {
 }
 function rectangles(figure, dark) {
   const marks = figure.layout.meta?.marks ?? {}, style = {line: {color: themes[dark ? "dark" : "light"].edge, width: 2}, fillcolor: "rgba(0,0,0,0)", layer: "above"};
-  const rows = state.row === null ? [] : state.row in marks ? [state.row] : station(state.row).filter(one => one in marks).slice(0, 1);
+  const rows = state.row === null ? [] : state.row in marks ? [state.row] : standsFor(state.row).filter(one => one in marks).slice(0, 1);
   const column = [state.token, state.position].filter(one => one !== null).map(one => `@${one}`);
   return [...rows, ...column].filter(one => one in marks).map(one => {
     const [xref, yref, x0, x1, y0, y1] = marks[one];
@@ -141,6 +143,9 @@ function drawOne(name, dark, width) {
   $(name).parentElement.setAttribute("aria-label", figure.label);
   Plotly.react(name, data, layout, {responsive: true, displaylogo: false, showSendToCloud: false, showLink: false});
 }
+function fit(name) {  // the panel may have taken room since the figure was drawn
+  if ($(name)._fullLayout && Math.abs($(name)._fullLayout.width - $(name).clientWidth) > 1) Plotly.Plots.resize(name);
+}
 let latest = 0;
 async function redraw(dark) {
   const own = ++latest;
@@ -148,13 +153,16 @@ async function redraw(dark) {
     await pause();  // so that no task is long
     if (own !== latest) return;
     drawOne(name, dark);
-    const at = $(name)._fullLayout?.xaxis, box = $(name).parentElement;
-    if (box.scrollWidth > box.clientWidth && at?.type === "category") {
-      const chosen = Object.keys(figures[name][variantOf(name)].layout.meta?.marks ?? {}).indexOf(`@${state.token ?? state.position}`);
-      const [, , x0] = chosen < 0 ? [0, 0, 1e9] : figures[name][variantOf(name)].layout.meta.marks[`@${state.token ?? state.position}`];
-      box.scrollLeft = x0 === 1e9 ? box.scrollWidth : at._offset + at.c2p(x0) - box.clientWidth / 2;
-    }
+    fit(name);
+    reveal(name);
   }
+}
+// A wide figure shows its chosen column, or its last ones.
+function reveal(name) {
+  const box = $(name).parentElement, axis = $(name)._fullLayout.xaxis;
+  if (axis.type !== "category" || box.scrollWidth <= box.clientWidth) return;
+  const marks = figures[name][variantOf(name)].layout.meta?.marks ?? {}, column = marks[`@${state.token ?? state.position}`];
+  box.scrollLeft = column ? axis._offset + axis.c2p((column[2] + column[3]) / 2) - box.clientWidth / 2 : box.scrollWidth;
 }
 function drawAll(dark, width) {  // at once: a print does not wait
   latest++;
@@ -197,10 +205,9 @@ function tableOf(heads, lines) {
   return make("table", {className: "plain"}, make("thead", {}, make("tr", {}, ...heads.map(textContent => make("th", {scope: "col", textContent})))), make("tbody", {}, ...body));
 }
 function fillPanel() {
-  const box = $("panel"), open = state.row !== null || state.token !== null, was = !box.hidden;
+  const box = $("panel"), open = state.row !== null || state.token !== null;
   box.hidden = !open;
   document.body.classList.toggle("asked", open);
-  if (open !== was) dispatchEvent(new Event("resize"));
   if (!open) return;
   const parts = [make("button", {className: "close", textContent: "×", ariaLabel: "close", onclick: () => choose({row: null, token: null})})];
   if (state.row !== null) parts.push(...aboutRow(byLabel.get(state.row)));
@@ -272,7 +279,7 @@ function aboutHeads(r) {
 function aboutToken(i) {
   const s = place(), [prompt] = asked.places[s], text = ((asked.tokens ?? {})[prompt] ?? [])[i];
   if (text === undefined) return [];
-  const parts = [make("h2", {textContent: quoted(text)}, " ", make("span", {className: "soft", textContent: `token ${i} of prompt ${prompt}`}))];
+  const parts = [make("h2", {textContent: quoted(text)}, " ", make("span", {className: "soft", textContent: `token ${i}` + (asked.n_prompts > 1 ? ` of prompt ${prompt}` : "")}))];
   if (!asked.heads.length) return parts;
   const heads = asked.heads.map((name, h) => [name, asked.attention[s][h][i] ?? 0, moved(s, h)[i] ?? 0]);
   heads.sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
