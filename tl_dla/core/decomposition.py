@@ -16,7 +16,7 @@ from tl_dla.core.mean_logit import Mean
 from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
 from tl_dla.core.residual import StreamTaps, pull_back
-from tl_dla.core.rows import RowGroup, RowKey, Rows, ScaledKept, SplitCheck
+from tl_dla.core.rows import REMAINDER, RowGroup, RowKey, Rows, ScaledKept, SplitCheck
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import Kept, Tap
 from tl_dla.errors import UnsupportedModelError
@@ -126,16 +126,13 @@ class Decomposition:
         layer = step.layer
         if step.name != "attn_out" or layer is None:
             return None
-        if self.unit == "head" and not self.selection.has_layer(layer):
-            return None
         part = self.reader.attention(layer)
         if part is None:
             return None
-        chosen = [
-            head
-            for head in range(part.W_O.shape[0])
-            if self.unit == "source" and self.selection.has_head(layer, head)
-        ]
+        n_heads = part.W_O.shape[0]
+        chosen = [head for head in range(n_heads) if self.selection.has_head(layer, head)]
+        if self.unit == "head":
+            return HeadSplit(part, step, readout, chosen) if chosen else None
         if not chosen:
             return HeadSplit(part, step, readout)
         reads = self.reader.pattern_and_values(layer)
@@ -196,6 +193,9 @@ class Decomposition:
             first += parts.first
             instead += parts.instead
             checks += parts.checks
+        if self.selection.remainder:
+            rest = torch.cat([row.values for row in instead]).sum(0)
+            instead = [RowGroup.one(REMAINDER, rest)]
         return Rows([*first, *instead], biases, total, ratio, *sizes, checks)
 
     def _largest(

@@ -240,6 +240,8 @@ class Attribution:
     def target(self) -> str:
         """What is attributed, in words: `' Paris' − ' London'`."""
         ids = self.targets.ids
+        if self.model is None and not self.has_tokens:
+            return "a logit"
         if self.targets.candidates is not None:
             return f"{len(self.targets.candidates)} candidate tokens"
         if ids.shape[:2] != (1, 1):
