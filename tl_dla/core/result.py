@@ -119,8 +119,7 @@ class Attribution:
             hops: the source rows that the rows split, the last one last.
         """
         unit, selection, d = about
-        weights = query.targets.weights.to(rows.ratio)
-        values = (rows.values * rows.ratio) @ weights.mT
+        values = query.targets.added(rows.values * rows.ratio)
         # Of the residual points, the last one and the biases add up to the logit.
         n_points = len(rows.keys) - len(rows.constants)
         kept = slice(n_points - 1, None) if unit == "layer" else slice(None)
@@ -241,6 +240,8 @@ class Attribution:
     def target(self) -> str:
         """What is attributed, in words: `' Paris' − ' London'`."""
         ids = self.targets.ids
+        if self.model is None and not self.has_tokens:
+            return "a logit"
         if self.targets.candidates is not None:
             return f"{len(self.targets.candidates)} candidate tokens"
         if ids.shape[:2] != (1, 1):
