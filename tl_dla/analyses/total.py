@@ -129,8 +129,8 @@ class Network:
         return [*self.seen.values(), *(tap for part in self.parts.values() for tap in part.taps())]
 
     def _part(self, step: Write, layer: int) -> AttentionPart | MLPPart:
-        if step.name == "attn_out":
-            return self._attention(layer)
+        if step.name == "attn_out" and (attention := self.reader.attention(layer)) is not None:
+            return self._attention(layer, attention)
         name = step.name.removesuffix("_out")
         out = self.reader.mlp(layer, name, step.site) if step.kind == "mlp" else None
         way_in = None if out is None else self.reader.mlp_in(layer, name)
@@ -145,9 +145,7 @@ class Network:
             choice = Tap(out.site, lambda _x, chosen, weights: _paired(chosen, weights), whole=True)
         return MLPPart(out, way_in, scale, choice)
 
-    def _attention(self, layer: int) -> AttentionPart:
-        part = self.reader.attention(layer)
-        assert part is not None
+    def _attention(self, layer: int, part: Attention) -> AttentionPart:
         values = self.reader.values(layer, part.W_O.shape[1])
         pattern = self.reader.site(f"blocks.{layer}.attn.hook_pattern")
         assert pattern is not None
