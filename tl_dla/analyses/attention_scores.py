@@ -177,7 +177,7 @@ class _Score:
         self.taps = [*self.parts.taps, self.x, self.pattern]
         self.scale = self._tap(None if self.norm is None else self.norm.site, self._scale)
         self.rotation = self._tap(None if qk.rotary is None else qk.rotary.site, self._rotation)
-        self.bias = self._tap(qk.bias, self._bias)
+        self.biases = [self._tap(site, upcast) for site, _ in qk.biases]
         self.scores = None
         if self._n_keys == 1:
             shown = reader.site(f"blocks.{layer}.attn.hook_attn_scores")
@@ -203,10 +203,18 @@ class _Score:
         several = isinstance(given, tuple | list)
         return self.qk.rotary.matrix(tuple(map(take, given)) if several else take(given))
 
-    def _bias(self, given: Tensor) -> Float[Tensor, "batch key"]:
-        index = self.query.positions.index[:, 1:].to(given.device)
-        biases = self.qk.biases(upcast(given), self.query.prompts.packed.shape[1])[:, self.head, 0]
-        return biases.expand(len(index), -1).gather(1, index)
+    def _bias(self, kept: Kept, like: Tensor) -> Float[Tensor, "batch key"]:
+        """What is added to the scores of the keys, at the query."""
+        index = self.query.positions.index.to(like.device)
+        batch, width = self.query.prompts.packed.shape
+        bias = self.qk.bias([kept[tap] for tap in self.biases if tap is not None], width)
+        if not isinstance(bias, Tensor):
+            return like.new_zeros(batch, self._n_keys)
+        head = bias[:, self.head if bias.shape[1] > 1 else 0].to(like)
+        rows = head.expand(batch, width, width)[
+            torch.arange(batch, device=like.device), index[:, 0]
+        ]
+        return rows.gather(1, index[:, 1:])
 
     # ---- after the forward pass ----------------------------------------------------------------
 
@@ -214,8 +222,7 @@ class _Score:
         """Ledgers and pairs, each certified."""
         index, x = self.query.positions.index, kept[self.x]
         rotation = None if self.rotation is None else kept[self.rotation].to(x)
-        bias = x.new_zeros(len(x), self._n_keys)
-        bias = bias if self.bias is None else kept[self.bias].to(x)
+        bias = self._bias(kept, x)
         form = ScoreForm.of(self.qk, self.head, x, rotation, bias, index[:, 0].to(x.device))
         vectors = self.parts.rows(kept, self.query.positions)
         streams = vectors.map(lambda v: v[..., :1, :]), vectors.map(lambda v: v[..., 1:, :])

@@ -1,7 +1,7 @@
 """`attribute_inputs`: which tokens of the prompt wrote a logit, through everything.
 
-With every non-linearity frozen at its value in this forward pass, the network is one linear map, and
-the readout w pulled back through all of it reaches the embeddings:
+With every non-linearity frozen at its value in this forward pass, the network is one linear map,
+and the readout w pulled back through all of it reaches the embeddings:
 
     logit = Σ_token  embed[token] · w₀[token]  +  pos_embed[token] · w₀[token]  +  Σ biases
 
@@ -169,7 +169,7 @@ def _result(once: Run, network: Network, mlp: Rule, progress: bool) -> InputAttr
     base, query = once.result(Attribution), once.query
     readouts = directions(once)
     pulled = pull(once, network, readouts, progress=progress)
-    weights = query.targets.weights.to(once.rows.ratio)
+    weights = query.targets.matrix(once.rows.ratio)
     ends = [
         RowGroup.one(g.keys[0], (g.values[0] * once.rows.ratio) @ weights.mT)
         for g in once.rows.constants
@@ -234,11 +234,12 @@ def _certified_points(
         total = held.sum(-1) + above + constant
         absolute = (held.abs().sum(-1) + above.abs() + constant.abs()).sum(-1)
         sizes = Sizes(size, size, wanted.rounded, absolute)
-        weights = query.targets.weights.to(constant)
+        weights = query.targets.matrix(constant)
         allowed = rounding(sizes, weights, wanted.machine_eps, d).to(constant)
         allowed = allowed.nan_to_num(0.0, posinf=0.0)
         shaped = [query.shaped(x) for x in (wanted.value, total, allowed)]
-        found[f"{point.label}"] = Reconstruction(*shaped, wanted.against)
+        want, got, allowed = shaped
+        found[point.label] = Reconstruction(want, got, allowed, wanted.against)
     return dict(reversed(found.items()))
 
 
@@ -248,7 +249,7 @@ def _certified_points(
 def directions(once: Run) -> Float[Tensor, "batch pos candidate d_model"]:
     """The readout of the final stream for each candidate, all scales included."""
     rows, readout, query = once.rows, once.parts.readout, once.query
-    weights = query.targets.weights.to(rows.ratio)
+    weights = query.targets.matrix(rows.ratio)
     by_token = torch.einsum("bpt,ct->bpct", rows.ratio, weights)
     base = readout.direction.to(by_token).expand(*by_token.shape[:2], -1, -1)
     direction = by_token @ base
@@ -265,7 +266,7 @@ def pull(
     visit: Visit | None = None,
     progress: bool = False,
 ) -> Pulled:
-    """The readouts pulled all the way back, some targets at a time, as `[…, batch, pos, candidate]`.
+    """The readouts pulled all the way back, some targets at a time: `[…, batch, pos, candidate]`.
 
     What the stream holds is `[batch, pos, candidate, source]`.
     """

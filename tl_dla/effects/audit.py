@@ -217,7 +217,7 @@ def audit(
     stack = written(result)
     groups = name_groups(_largest(result, k) if rows is None else rows)
     final = FinalLogits(result, stack)
-    vectors = vectors_of(ModelReader(result.model), result.unit, result.selection)
+    vectors = vectors_of(ModelReader(result.model), require_ablatable(result), result.selection)
     # Nothing is left of a row that is zero-ablated; of others it is what stands in its place.
     taps = [] if ablation == "zero" else vectors.taps
     runs = run_ablated(result, groups, How(ablation, at, reference, batch_size, progress), taps)

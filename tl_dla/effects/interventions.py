@@ -36,7 +36,7 @@ from tl_dla.core.taps import Tap
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Selection
+from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.model.hooks import alone_on
 from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
@@ -140,6 +140,7 @@ def run_ablated(
     result: Attribution, groups: dict[str, list[str]], how: How, taps: Sequence[Tap] = ()
 ) -> dict[str, Run]:
     """See `ablate`; `taps` are kept in every ablated run beside those of the rows."""
+    unit = require_ablatable(result)
     require_rerun(result)
     if how.batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1; {how.batch_size} was given.")
@@ -171,10 +172,20 @@ def run_ablated(
                 mine = [part for edit in edits if (part := edit.part(rows)) is not None]
                 return editing(result.model, mine, tiled.part(rows))
 
-            once = run(tiled, result.unit, selection, taps=taps, within=within)
+            once = run(tiled, unit, selection, taps=taps, within=within)
             runs |= zip(names, once.copies(len(names), result.query), strict=True)
             bar.update(len(names))
     return {name: runs[name] for name in groups}
+
+
+def require_ablatable(result: Attribution) -> Unit:
+    """The result's unit, whose rows are written by parts of the model."""
+    if result.unit == "input":
+        raise ArgumentError(
+            "The rows of attribute_inputs are tokens and constants, not what a part wrote: ablate"
+            " the rows of direct_logit_attribution."
+        )
+    return result.unit
 
 
 def place_of(result: Attribution, label: str) -> Place:

@@ -38,6 +38,12 @@ class Targets:
         """Values of the tokens, added up for each candidate."""
         return tokens if self.weights is None else tokens @ self.weights.to(tokens).mT
 
+    def matrix(self, like: Float[Tensor, "..."]) -> Float[Tensor, "candidate token"]:
+        """How the tokens are added up, as a matrix also where it is the identity."""
+        if self.weights is None:
+            return torch.eye(self.ids.shape[-1], dtype=like.dtype, device=like.device)
+        return self.weights.to(like)
+
     def chunks(self, size: int) -> "list[Targets]":
         """The candidates in parts; in one where tokens are added up."""
         if self.weights is not None or self.ids.shape[-1] <= size:

@@ -44,7 +44,7 @@ def held_places(result: Attribution, shown: int) -> list[Place]:
     every = [Place(b, p) for b, p in result.positions.valid.nonzero().tolist()]
     every.sort(key=lambda place: (place.prompt != shown, place.prompt, -place.column))
     heads = len(result.model.blocks) * max(1, result.model.cfg.n_heads)
-    size = heads * len(result.targets.weights) * int(result.prompts.length.max())
+    size = heads * result.values.shape[3] * int(result.prompts.length.max())
     return every[: max(1, min(_MOST_PLACES, _MOST_NUMBERS // size))]
 
 
