@@ -201,7 +201,9 @@ class _Score:
         assert self.qk.rotary is not None
         take = self.query.positions.take
         several = isinstance(given, tuple | list)
-        return self.qk.rotary.matrix(tuple(map(take, given)) if several else take(given))
+        found = self.qk.rotary.matrix(tuple(map(take, given)) if several else take(given))
+        assert found is not None
+        return found
 
     def _bias(self, kept: Kept, like: Tensor) -> Float[Tensor, "batch key"]:
         """What is added to the scores of the keys, at the query."""

@@ -184,7 +184,8 @@ def again(
     same = unit in (None, result.unit)
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
-    once = run(result.query, unit or result.unit, selection, taps=taps)
+    own: Unit = "component" if result.unit == "input" else result.unit
+    once = run(result.query, unit or own, selection, taps=taps)
     require_same(result, once.kept, once.readout_norm)
     return once
 
