@@ -27,7 +27,14 @@ from tl_dla.core.run import CAUSE
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, RowEffects, flags_of, where
-from tl_dla.effects.interventions import ABLATABLE, Group, How, name_groups, run_ablated
+from tl_dla.effects.interventions import (
+    ABLATABLE,
+    Group,
+    How,
+    name_groups,
+    require_ablatable,
+    run_ablated,
+)
 from tl_dla.effects.recomputed import FinalLogits, written
 from tl_dla.effects.repair import SelfRepair, compare
 from tl_dla.effects.substitutes import Ablation, At
