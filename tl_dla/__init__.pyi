@@ -1,6 +1,5 @@
 """The public names: type checkers read them here, and `__init__.py` imports them from here."""
 
-from .analyses.attention_scores import attribute_attention as attribute_attention
 from .analyses.cache_methods import accumulated_resid as accumulated_resid
 from .analyses.cache_methods import apply_ln_to_stack as apply_ln_to_stack
 from .analyses.cache_methods import decompose_resid as decompose_resid
@@ -13,13 +12,10 @@ from .analyses.geometry import UnembeddingPCA as UnembeddingPCA
 from .analyses.geometry import unembedding_pca as unembedding_pca
 from .analyses.head_patterns import HeadPattern as HeadPattern
 from .analyses.head_patterns import top_heads_with_patterns as top_heads_with_patterns
-from .analyses.inputs_ledger import InputAttribution as InputAttribution
-from .analyses.inputs_ledger import attribute_inputs as attribute_inputs
 from .analyses.logit_lens import LogitLens as LogitLens
 from .analyses.logit_lens import logit_lens as logit_lens
 from .analyses.paths import attribute_path as attribute_path
 from .analyses.promotion import PromotedTokens as PromotedTokens
-from .analyses.score_ledgers import AttentionAttribution as AttentionAttribution
 from .analyses.token_map import TokenMap as TokenMap
 from .analyses.token_map import token_map as token_map
 from .attribution import DirectLogitAttribution as DirectLogitAttribution

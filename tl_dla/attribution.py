@@ -16,7 +16,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
-from tl_dla.core.by_hand import by_hand
 from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution
@@ -33,22 +32,15 @@ from tl_dla.inputs.selection import Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Answers, read_targets, require_answer
 from tl_dla.inputs.tokens import Input, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
-from tl_dla.report.page import Explorer, Shown, page_of, write_report
+from tl_dla.report.page import write_report
 
 
 class DirectLogitAttribution(Attribution):
     """What each part of the model wrote to a logit, and what can be asked of it next.
 
     See `Attribution` for its rows. `plot`, `top` and the tables are there too; what needs the model
-    again is here. `DirectLogitAttribution(attribution, labels, unit)`, as of TransformerLens's own
-    class, makes one of numbers alone: of no model, and not certified.
+    again is here.
     """
-
-    def __init__(self, *args: Any, **fields: Any) -> None:
-        numbers_alone = len(args) + len(fields) == 3 and "values" not in fields
-        super().__init__(**by_hand(*args, **fields)) if numbers_alone else super().__init__(
-            *args, **fields
-        )
 
     @property
     def readout(self) -> Readout:
@@ -110,27 +102,10 @@ class DirectLogitAttribution(Attribution):
         prompt: int = 0,
         k: int | None = None,
         attention: AttentionStyle = "patterns",
-        audit: Audit | None = None,
         command: str | None = None,
     ) -> Path:
         """Write one self-contained HTML page; see `tl_dla.report.page.write_report`."""
-        return write_report(
-            self, path, prompt=prompt, k=k, attention=attention, audit=audit, command=command
-        )
-
-    def explore(
-        self, *, prompt: int = 0, k: int | None = None, audit: Audit | None = None
-    ) -> Explorer:
-        """The same page in a notebook, in a frame of its own that needs no network.
-
-        Press a head, a row or a token to see what stands behind it.
-
-        Args:
-            prompt: the prompt of a batch whose lens and attention are shown first.
-            k: how many heads of each sign to show with their attention; 3 by default.
-            audit: what intervention says of the rows (`result.audit()`), to be shown beside.
-        """
-        return Explorer(page_of(self, Shown(prompt, k, audit=audit), "result.explore()"))
+        return write_report(self, path, prompt=prompt, k=k, attention=attention, command=command)
 
 
 def direct_logit_attribution(
@@ -146,7 +121,6 @@ def direct_logit_attribution(
     layers: int | Sequence[int] | None = None,
     heads: str | Sequence[str] | None = None,
     top_neurons: int | None = None,
-    include_remainder: bool = False,
     include_bias: bool = True,
     check: Check = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -178,16 +152,12 @@ def direct_logit_attribution(
             stream then stands in for the model's logits.
         candidate_tokens: in place of `answer_tokens`: attribute to each of these tokens, on a last
             axis of the result.
-        layers: the layers that are split, for `unit="head"` (the others keep their `attn_out`),
-            `unit="neuron"` and `unit="source"`; all by default.
-        heads: heads such as `["L9H9"]`. For `unit="head"`: those with a row of their own; the
-            others of their layers share one, `9_other_heads`. For `unit="source"`: those that are
-            split by source token; every other head keeps its row.
+        layers: the layers that are split, for `unit="neuron"` and `unit="source"`; all by default.
+        heads: the heads that are split by source token, such as `["L9H9"]`, for `unit="source"`;
+            every other head keeps its row.
         top_neurons: how many neurons have a row of their own, for `unit="neuron"`: those of the
             largest mean absolute attribution. The others share a row per layer,
             `3_other_neurons`.
-        include_remainder: for `unit="head"`: everything but the heads as one row, `remainder`, as
-            TransformerLens's own result has it.
         include_bias: whether `ln_final.b` and `b_U` are rows. Without them the rows of a folded
             model are TransformerLens's own.
         check: what a failed certificate does.
@@ -220,8 +190,7 @@ def direct_logit_attribution(
     require_answer(answer_tokens, candidate_tokens)
     model = require_model(model)
     reader = ModelReader(model)
-    chosen = (layers, heads, top_neurons, include_remainder)
-    selection = read_selection(reader, unit, *chosen)
+    selection = read_selection(reader, unit, layers, heads, top_neurons)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     if cache is None:
         require_eval(model)

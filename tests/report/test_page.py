@@ -18,7 +18,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import embedded
 from tl_dla.figures.attention_view import AttentionView
 from tl_dla.figures.text import number
-from tl_dla.report.sections import of_unit
+from tl_dla.report.page import of_unit
 
 LIMIT = 8_000_000  # bytes
 

@@ -165,23 +165,6 @@ class Page:
         )
         Path(path).write_bytes(base64.b64decode(answer["data"]))
 
-    def press(self, x: float, y: float) -> None:
-        """Press and release the left button at a place of the window."""
-        self.hover(x, y)
-        for kind in ("mousePressed", "mouseReleased"):
-            where = dict(x=x, y=y, button="left", clickCount=1)
-            self.send("Input.dispatchMouseEvent", type=kind, **where)
-
-    def frame(self) -> "Frame":
-        """The one frame inside the page, where it has a process of its own."""
-        deadline = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline:
-            for info in self._browser.send("Target.getTargets")["targetInfos"]:
-                if info["type"] == "iframe":
-                    return Frame(self._browser, info["targetId"])
-            time.sleep(0.05)
-        raise TimeoutError("The page has no frame.")
-
     def hover(self, x: float, y: float) -> None:
         """Move the mouse to a place of the window."""
         for step in (-2, -1, 0):
@@ -222,14 +205,3 @@ class Page:
         self.evaluate("1")
         asked = [event["request"]["url"] for event in self._events("Network.requestWillBeSent")]
         return [u for u in asked if u != self._url and not u.startswith(("data:", "blob:"))]
-
-
-class Frame(Page):
-    """An isolated frame of a page."""
-
-    def __init__(self, browser: Browser, target: str) -> None:
-        self._browser, self._url = browser, "about:srcdoc"
-        attached = browser.send("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")

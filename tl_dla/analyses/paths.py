@@ -109,9 +109,7 @@ def attribute_path(
         once = forward(end.query, parts.taps, logits=False)
         shape, targets = result.numbers.ratio.shape, result.targets
         # The token axis is `pos token` of the result: every position has a readout of its own.
-        weights = targets.weights
-        if weights is not None:
-            weights = torch.kron(torch.eye(shape[1]), weights.cpu()).to(weights)
+        weights = torch.kron(torch.eye(shape[1]), targets.weights.cpu()).to(targets.weights)
         rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
         rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
         ratio, size = rows.ratio, end.size.reshape(shape)
@@ -173,8 +171,7 @@ def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
             )
         kept = forward(query, before.taps, logits=end is None)
         if end is None:
-            size = before.stream.rows(before.reader, before.scaled(kept)).readout_norm
-            require_same(result, kept, size)
+            require_same(result, before, kept)
         read = _values(split, before.scaled(kept, query.positions), hop)
         index = hop.source[:, None]
         at = Positions(index, torch.ones_like(index).bool(), True, False)

@@ -95,8 +95,6 @@ class Reconstruction:
         return within and all(part.passed for part in parts)
 
     def __str__(self) -> str:
-        if bool(self.tolerance.isnan().all()):
-            return "not certified: there is no logit of a model to hold the rows to"
         worst = self.failures()
         if worst:
             name, part = worst[0]
@@ -207,13 +205,13 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         query: how the target tokens are added up.
         d: the length of the dot products.
     """
-    targets, scale = query.targets, rows.ratio.abs()
+    weights, scale = query.targets.weights.to(rows.ratio), rows.ratio.abs()
 
     def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
-        return query.shaped(targets.added(tokens * rows.ratio))
+        return query.shaped((tokens * rows.ratio) @ weights.mT)
 
     def tolerance(sizes: Sizes) -> Float[Tensor, "..."]:
-        allowed = rounding(sizes, targets.weights, wanted.machine_eps, d).to(rows.ratio)
+        allowed = rounding(sizes, weights, wanted.machine_eps, d).to(rows.ratio)
         # What overflows is explained by nothing.
         return query.shaped(allowed.nan_to_num(0.0, posinf=0.0))
 
@@ -244,8 +242,8 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
     )
     allowed = tolerance(sizes)
     return Reconstruction(
-        query.shaped(targets.added(wanted.value)),
-        added(values.sum(0)),
+        query.shaped(wanted.value @ weights.mT),
+        added(values).sum(0),
         allowed,
         wanted.against,
         parts,

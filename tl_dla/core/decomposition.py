@@ -16,7 +16,7 @@ from tl_dla.core.mean_logit import Mean
 from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
 from tl_dla.core.residual import StreamTaps, pull_back
-from tl_dla.core.rows import REMAINDER, RowGroup, RowKey, Rows, ScaledKept, SplitCheck
+from tl_dla.core.rows import RowGroup, RowKey, Rows, ScaledKept, SplitCheck
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import Kept, Tap
 from tl_dla.errors import UnsupportedModelError
@@ -127,13 +127,16 @@ class Decomposition:
         layer = step.layer
         if step.name != "attn_out" or layer is None:
             return None
+        if self.unit == "head" and not self.selection.has_layer(layer):
+            return None
         part = self.reader.attention(layer)
         if part is None:
             return None
-        n_heads = part.W_O.shape[0]
-        chosen = [head for head in range(n_heads) if self.selection.has_head(layer, head)]
-        if self.unit == "head":
-            return HeadSplit(part, step, readout, chosen) if chosen else None
+        chosen = [
+            head
+            for head in range(part.W_O.shape[0])
+            if self.unit == "source" and self.selection.has_head(layer, head)
+        ]
         if not chosen:
             return HeadSplit(part, step, readout)
         reads = self.reader.pattern_and_values(layer)
@@ -164,7 +167,7 @@ class Decomposition:
             positions: the attributed positions, which say how far back sources reach and which
                 positions count when neurons are ranked.
             ratio_of: the output transform, frozen, from the total.
-            weights: how the tokens are added up, for the ranking of neurons; None for not at all.
+            weights: how the tokens are added up, for the ranking of neurons.
         """
         known = self.scaled(kept, positions)
         stream = self.stream.rows(self.reader, known)
@@ -194,9 +197,6 @@ class Decomposition:
             first += parts.first
             instead += parts.instead
             checks += parts.checks
-        if self.selection.remainder:
-            rest = torch.cat([row.values for row in instead]).sum(0)
-            instead = [RowGroup.one(REMAINDER, rest)]
         return Rows([*first, *instead], biases, total, ratio, *sizes, checks)
 
     def _largest(
@@ -207,14 +207,13 @@ class Decomposition:
         weights: Float[Tensor, "candidate token"] | None,
     ) -> dict[Step, list[int]]:
         """Rank all layers' neurons by their mean absolute attribution; the first keep a row."""
+        weights = ratio.new_ones(1, ratio.shape[-1]) if weights is None else weights.to(ratio)
         valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
         valid = valid if positions is None else positions.valid.to(ratio.device)
         neurons = {s: split for s, split in self.splits.items() if isinstance(split, NeuronSplit)}
         scores = []
         for layer in neurons.values():
-            values = layer.values(kept) * ratio[..., None]
-            if weights is not None:
-                values = torch.einsum("bptn,ct->bpcn", values, weights.to(values))
+            values = torch.einsum("bptn,bpt,ct->bpcn", layer.values(kept), ratio, weights)
             scores.append(values[valid].abs().mean((0, 1)))
         return dict(zip(neurons, largest(scores, self.selection.top_neurons or 0), strict=True))
 

@@ -84,7 +84,7 @@ class Attribution:
 
     values: Float[Tensor, "row batch pos candidate"]
     keys: list[RowKey]
-    unit: Unit | Literal["input"]
+    unit: Unit
     reconstruction: Reconstruction
     query: Query
     selection: Selection
@@ -119,7 +119,8 @@ class Attribution:
             hops: the source rows that the rows split, the last one last.
         """
         unit, selection, d = about
-        values = query.targets.added(rows.values * rows.ratio)
+        weights = query.targets.weights.to(rows.ratio)
+        values = (rows.values * rows.ratio) @ weights.mT
         # Of the residual points, the last one and the biases add up to the logit.
         n_points = len(rows.keys) - len(rows.constants)
         kept = slice(n_points - 1, None) if unit == "layer" else slice(None)
@@ -240,8 +241,6 @@ class Attribution:
     def target(self) -> str:
         """What is attributed, in words: `' Paris' − ' London'`."""
         ids = self.targets.ids
-        if self.model is None and not self.has_tokens:
-            return "a logit"
         if self.targets.candidates is not None:
             return f"{len(self.targets.candidates)} candidate tokens"
         if ids.shape[:2] != (1, 1):

@@ -55,13 +55,13 @@ class Sizes:
 
 
 def rounding(
-    sizes: Sizes, weights: Float[Tensor, "candidate token"] | None, machine_eps: float, d: int
+    sizes: Sizes, weights: Float[Tensor, "candidate token"], machine_eps: float, d: int
 ) -> Float[Tensor, "*part batch pos candidate"]:
     """What rounding can explain, by the derivation in this module's docstring.
 
     Args:
         sizes: what it is measured by.
-        weights: how the tokens are added up; None where they are not.
+        weights: how the tokens are added up.
         machine_eps: that of the narrowest dtype in the model's forward pass.
         d: the length of the dot products.
     """
@@ -72,9 +72,7 @@ def rounding(
         machine_eps * _UNIFORM * (added.square() + 2 * final.square() + logits.square()).sqrt()
     )
     dots = eps * d**0.5 * final
-    variance = forward.square() + dots.square()
-    if weights is not None:
-        variance = variance @ weights.double().square().mT
+    variance = (forward.square() + dots.square()) @ weights.double().square().mT
     return SIGMAS * variance.sqrt() + eps * abs_sum[..., None]
 
 

@@ -6,7 +6,7 @@ of a result once more, of another unit or with other rows split, and holds the a
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ from tl_dla.errors import ArgumentError
 from tl_dla.inputs.caches import check_cache
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit
-from tl_dla.inputs.targets import Targets
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import is_linear, output_transform
 
@@ -36,7 +35,6 @@ CAUSE = (
     " or the model does something to the stream that was not understood;"
     " check_model(model, tokens) shows where."
 )
-_TOKENS_AT_ONCE = 1024  # target tokens whose directions are pulled back at once
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
 
 Within = Callable[[slice], AbstractContextManager[None]]
@@ -62,13 +60,6 @@ class Run:
         with exact():
             targets = self.query.targets
             return self.parts.rows(self.kept, self.query.positions, self.ratio_of, targets.weights)
-
-    @property
-    def readout_norm(self) -> Float[Tensor, "batch pos token"]:
-        """That of the rows; see `Rows`."""
-        if "rows" in self.__dict__:
-            return self.rows.readout_norm
-        return self.parts.stream.rows(self.parts.reader, self.parts.scaled(self.kept)).readout_norm
 
     def ratio_of(self, total: Float[Tensor, "batch pos token"]) -> Float[Tensor, "batch pos token"]:
         """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
@@ -127,27 +118,23 @@ def run(
     reader = ModelReader(query.model) if reader is None else reader
     parts = _in_parts(query)
 
-    def read(wanted: Sequence[Tap], logits: bool = False) -> Kept:
+    def read(wanted: Sequence[Tap]) -> Kept:
         if cache is not None:
             return recall(reader, cache, query, wanted)
         some = []
         for rows in parts:
             with nullcontext() if within is None else within(rows):
-                some.append(forward(query.part(rows), wanted, logits=logits))
+                some.append(forward(query.part(rows), wanted, logits=False))
         return Kept.joined(some, [wanted] * (len(parts) + 1))
 
     mean = None
     if query.targets.mean_of_vocab and not is_linear(query.model):
         mean = capped_mean(reader, read)
-    unchecked: tuple[str, ...] = ()
+    whole = of_query(query, unit, selection, mean, reader)
     if cache is not None:
         unchecked = tuple(
             f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
         )
-    if len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1:
-        return _by_tokens(query, unit, selection, read, taps, unchecked)
-    whole = of_query(query, unit, selection, mean, reader)
-    if cache is not None:
         return Run(query, whole, read([*whole.taps, *taps]), mean, unchecked)
     some, used = [], [[*whole.taps, *taps]]
     for rows in parts:
@@ -184,9 +171,8 @@ def again(
     same = unit in (None, result.unit)
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
-    own: Unit = "component" if result.unit == "input" else result.unit
-    once = run(result.query, unit or own, selection, taps=taps)
-    require_same(result, once.kept, once.readout_norm)
+    once = run(result.query, unit or result.unit, selection, taps=taps)
+    require_same(result, once.parts, once.kept)
     return once
 
 
@@ -197,20 +183,14 @@ def require_rerun(result: Attribution) -> None:
         again(result, "component")
 
 
-def require_same(
-    result: Attribution, kept: Kept, readout_norm: Float[Tensor, "batch pos token"]
-) -> None:
-    """Raise unless a run gives the logits that a result was made of, but for rounding.
-
-    `readout_norm` is that of the run's rows.
-    """
+def require_same(result: Attribution, parts: Decomposition, kept: Kept) -> None:
+    """Raise unless a run gives the logits that a result was made of, but for rounding."""
     own, valid = result.numbers.logits, result.positions.valid
     assert kept.logits is not None
     at = valid.to(own.device)
-    size = readout_norm.to(own) + own.abs()
+    size = parts.stream.rows(parts.reader, parts.scaled(kept)).readout_norm.to(own) + own.abs()
     miss = (kept.logits.to(own) - own).abs()
-    eps = max(ModelReader(result.model).machine_eps, kept.machine_eps)
-    allowed = 2 * rerun_tolerance(eps) * size
+    allowed = 2 * rerun_tolerance(max(parts.reader.machine_eps, kept.machine_eps)) * size
     if not bool((miss <= allowed)[at].all()):
         raise ArgumentError(
             "Another run of the result's prompts does not give its logits again (off by"
@@ -227,61 +207,6 @@ def _in_parts(query: Query) -> list[slice]:
     batch, pos = query.positions.index.shape
     step = max(1, _LOGITS_AT_ONCE // (pos * query.model.cfg.d_vocab))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
-
-
-def _by_tokens(
-    query: Query,
-    unit: Unit,
-    selection: Selection,
-    read: Callable[..., Kept],
-    taps: Sequence[Tap],
-    unchecked: tuple[str, ...],
-) -> Run:
-    """A run over very many candidates: the model runs once, the readouts are made part by part.
-
-    What the hooks show is kept as it is, and each part of the candidates reads it.
-    """
-    if selection.top_neurons is not None:
-        raise ArgumentError("top_neurons ranks neurons for few candidates: leave it out.")
-    one = of_query(replace(query, targets=query.targets.chunks(1)[0]), unit, selection)
-    whole = {_place(tap): replace(tap, read=_as_it_is) for tap in one.taps}
-    kept = read([*whole.values(), *taps], logits=True)
-
-    def values(parts: Decomposition) -> dict[Tap, Tensor]:
-        with exact():
-            return {tap: tap.read(*_several(kept[whole[_place(tap)]])) for tap in parts.taps}
-
-    def rows(some: Targets, at: slice) -> Rows:
-        parts = of_query(replace(query, targets=some), unit, selection)
-        mine = Kept(values(parts))
-        if kept.raw is not None and kept.logits is not None:
-            mine = replace(
-                kept, values=mine.values, raw=kept.raw[..., at], logits=kept.logits[..., at]
-            )
-        return Run(replace(query, targets=some), parts, mine).rows
-
-    every = [
-        rows(some, slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE))
-        for i, some in enumerate(query.targets.chunks(_TOKENS_AT_ONCE))
-    ]
-    own = {tap: kept[tap] for tap in taps}
-    run = Run(query, one, replace(kept, values={**values(one), **own}), unchecked=unchecked)
-    run.__dict__["rows"] = Rows.joined(every)
-    return run
-
-
-def _place(tap: Tap) -> tuple[str, bool, bool, bool]:
-    """What a tap reads, whatever it makes of it."""
-    return tap.site.name, tap.whole, tap.keys, tap.heads_first
-
-
-def _as_it_is(*x: Tensor) -> Any:
-    copies = tuple(one.clone() for one in x)
-    return copies[0] if len(copies) == 1 else copies
-
-
-def _several(x: Any) -> tuple[Tensor, ...]:
-    return x if isinstance(x, tuple) else (x,)
 
 
 def _result(run: Run, of: type[Result]) -> Result:
@@ -350,7 +275,6 @@ def _added_up(
     scale: Float[Tensor, "batch pos"],
 ) -> Readout:
     """One readout of the logits of several tokens, with the axes that were asked for."""
-    assert query.targets.weights is not None
     weights = (ratio * query.targets.weights[0].to(ratio))[..., None]
     direction = (tokens.direction.to(weights) * weights).sum(-2)
 

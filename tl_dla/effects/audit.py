@@ -27,14 +27,7 @@ from tl_dla.core.run import CAUSE
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, RowEffects, flags_of, where
-from tl_dla.effects.interventions import (
-    ABLATABLE,
-    Group,
-    How,
-    name_groups,
-    require_ablatable,
-    run_ablated,
-)
+from tl_dla.effects.interventions import ABLATABLE, Group, How, name_groups, run_ablated
 from tl_dla.effects.recomputed import FinalLogits, written
 from tl_dla.effects.repair import SelfRepair, compare
 from tl_dla.effects.substitutes import Ablation, At
@@ -224,7 +217,7 @@ def audit(
     stack = written(result)
     groups = name_groups(_largest(result, k) if rows is None else rows)
     final = FinalLogits(result, stack)
-    vectors = vectors_of(ModelReader(result.model), require_ablatable(result), result.selection)
+    vectors = vectors_of(ModelReader(result.model), result.unit, result.selection)
     # Nothing is left of a row that is zero-ablated; of others it is what stands in its place.
     taps = [] if ablation == "zero" else vectors.taps
     runs = run_ablated(result, groups, How(ablation, at, reference, batch_size, progress), taps)

@@ -36,7 +36,7 @@ from tl_dla.core.taps import Tap
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Selection, Unit
+from tl_dla.inputs.selection import Selection
 from tl_dla.model.hooks import alone_on
 from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
@@ -140,7 +140,6 @@ def run_ablated(
     result: Attribution, groups: dict[str, list[str]], how: How, taps: Sequence[Tap] = ()
 ) -> dict[str, Run]:
     """See `ablate`; `taps` are kept in every ablated run beside those of the rows."""
-    unit = require_ablatable(result)
     require_rerun(result)
     if how.batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1; {how.batch_size} was given.")
@@ -172,20 +171,10 @@ def run_ablated(
                 mine = [part for edit in edits if (part := edit.part(rows)) is not None]
                 return editing(result.model, mine, tiled.part(rows))
 
-            once = run(tiled, unit, selection, taps=taps, within=within)
+            once = run(tiled, result.unit, selection, taps=taps, within=within)
             runs |= zip(names, once.copies(len(names), result.query), strict=True)
             bar.update(len(names))
     return {name: runs[name] for name in groups}
-
-
-def require_ablatable(result: Attribution) -> Unit:
-    """The result's unit, whose rows are written by parts of the model."""
-    if result.unit == "input":
-        raise ArgumentError(
-            "The rows of attribute_inputs are tokens and constants, not what a part wrote: ablate"
-            " the rows of direct_logit_attribution."
-        )
-    return result.unit
 
 
 def place_of(result: Attribution, label: str) -> Place:
@@ -219,7 +208,7 @@ def added_up(
     result: Attribution, tokens: Float[Tensor, "batch pos token"]
 ) -> Float[Tensor, "*batch_and_pos"]:
     """The target tokens' values added up as the result's own are, and shown at its positions."""
-    return result.query.shaped(result.targets.added(tokens))
+    return result.query.shaped(tokens @ result.targets.weights.to(tokens).mT)
 
 
 def _pinned(result: Attribution) -> Selection:
