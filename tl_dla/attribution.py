@@ -151,7 +151,7 @@ def direct_logit_attribution(
         cache: an `ActivationCache` to read in place of running the model. Its final residual
             stream then stands in for the model's logits.
         candidate_tokens: in place of `answer_tokens`: attribute to each of these tokens, on a last
-            axis of the result.
+            axis of the result; `"all"` for the whole vocabulary (`["all"]` is the word).
         layers: the layers that are split, for `unit="neuron"` and `unit="source"`; all by default.
         heads: the heads that are split by source token, such as `["L9H9"]`, for `unit="source"`;
             every other head keeps its row.

@@ -281,7 +281,7 @@ def test_the_derivation_by_hand():
     one = torch.ones(1, 1, 1)
     eps = 2.0**-7
     eps32 = torch.finfo(torch.float32).eps
-    got = rounding(Sizes(3 * one, 2 * one, 5 * one, 7 * one[..., 0]), torch.ones(1, 1), eps, 16)
+    got = rounding(Sizes(3 * one, 2 * one, 5 * one, 7 * one), torch.ones(1, 1), eps, 16)
     expected = 6 * math.sqrt(eps**2 / 12 * (9 + 8 + 25) + (eps32 * 4 * 2) ** 2) + eps32 * 7
     assert float(got) == pytest.approx(expected, rel=1e-6)
 
@@ -299,7 +299,7 @@ def test_chance_stays_within_what_rounding_explains():
         squares = squares + (stream.float() * w).square().sum(-1)
     error = ((stream.float() - exact) * w).sum(-1).abs()
     zero = torch.zeros(n, 1, 1)
-    sizes = Sizes(squares.sqrt()[:, None, None], zero, zero, zero[..., 0])
+    sizes = Sizes(squares.sqrt()[:, None, None], zero, zero, zero)
     explained = rounding(sizes, torch.ones(1, 1), torch.finfo(torch.bfloat16).eps, d)[:, 0, 0]
     assert (error <= explained).all()
     assert error.max() > explained.median() / 6

@@ -99,7 +99,7 @@ class LogitLens:
             raise ArgumentError(
                 "The lens was not given an answer to read: pass answer_tokens to logit_lens."
             )
-        return self.values @ self.targets.weights[0].to(self.values)
+        return self.targets.added(self.values)[..., 0]
 
     @cached_property
     def top_tokens(self) -> list[list[list[list[str]]]]:

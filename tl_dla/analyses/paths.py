@@ -109,7 +109,9 @@ def attribute_path(
         once = forward(end.query, parts.taps, logits=False)
         shape, targets = result.numbers.ratio.shape, result.targets
         # The token axis is `pos token` of the result: every position has a readout of its own.
-        weights = torch.kron(torch.eye(shape[1]), targets.weights.cpu()).to(targets.weights)
+        weights = targets.weights
+        if weights is not None:
+            weights = torch.kron(torch.eye(shape[1]), weights.cpu()).to(weights)
         rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
         rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
         ratio, size = rows.ratio, end.size.reshape(shape)
@@ -171,7 +173,8 @@ def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
             )
         kept = forward(query, before.taps, logits=end is None)
         if end is None:
-            require_same(result, before, kept)
+            size = before.stream.rows(before.reader, before.scaled(kept)).readout_norm
+            require_same(result, kept, size)
         read = _values(split, before.scaled(kept, query.positions), hop)
         index = hop.source[:, None]
         at = Positions(index, torch.ones_like(index).bool(), True, False)

@@ -205,13 +205,13 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         query: how the target tokens are added up.
         d: the length of the dot products.
     """
-    weights, scale = query.targets.weights.to(rows.ratio), rows.ratio.abs()
+    targets, scale = query.targets, rows.ratio.abs()
 
     def added(tokens: Float[Tensor, "*row batch pos token"]) -> Float[Tensor, "..."]:
-        return query.shaped((tokens * rows.ratio) @ weights.mT)
+        return query.shaped(targets.added(tokens * rows.ratio))
 
     def tolerance(sizes: Sizes) -> Float[Tensor, "..."]:
-        allowed = rounding(sizes, weights, wanted.machine_eps, d).to(rows.ratio)
+        allowed = rounding(sizes, targets.weights, wanted.machine_eps, d).to(rows.ratio)
         # What overflows is explained by nothing.
         return query.shaped(allowed.nan_to_num(0.0, posinf=0.0))
 
@@ -223,9 +223,7 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
             torch.stack([getattr(check, name) for check in rows.checks])
             for name in ("value", "parts", "abs_sum", "readout_norm")
         )
-        sizes = Sizes(
-            2 * size * scale, size * scale, torch.zeros_like(size), (abs_sum * scale).sum(-1)
-        )
+        sizes = Sizes(2 * size * scale, size * scale, torch.zeros_like(size), abs_sum * scale)
         stacked = Reconstruction(added(value), added(total), tolerance(sizes))
         certified = zip(stacked.expected, stacked.reconstructed, stacked.tolerance, strict=True)
         for check, (want, got, miss) in zip(rows.checks, certified, strict=True):
@@ -238,12 +236,12 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         readout_norm * scale,
         rows.final_norm * scale,
         wanted.rounded,
-        (values.abs().sum(0) * scale).sum(-1),
+        values.abs().sum(0) * scale,
     )
     allowed = tolerance(sizes)
     return Reconstruction(
-        query.shaped(wanted.value @ weights.mT),
-        added(values).sum(0),
+        query.shaped(targets.added(wanted.value)),
+        added(values.sum(0)),
         allowed,
         wanted.against,
         parts,

@@ -167,7 +167,7 @@ class Decomposition:
             positions: the attributed positions, which say how far back sources reach and which
                 positions count when neurons are ranked.
             ratio_of: the output transform, frozen, from the total.
-            weights: how the tokens are added up, for the ranking of neurons.
+            weights: how the tokens are added up, for the ranking of neurons; None for not at all.
         """
         known = self.scaled(kept, positions)
         stream = self.stream.rows(self.reader, known)
@@ -207,13 +207,14 @@ class Decomposition:
         weights: Float[Tensor, "candidate token"] | None,
     ) -> dict[Step, list[int]]:
         """Rank all layers' neurons by their mean absolute attribution; the first keep a row."""
-        weights = ratio.new_ones(1, ratio.shape[-1]) if weights is None else weights.to(ratio)
         valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
         valid = valid if positions is None else positions.valid.to(ratio.device)
         neurons = {s: split for s, split in self.splits.items() if isinstance(split, NeuronSplit)}
         scores = []
         for layer in neurons.values():
-            values = torch.einsum("bptn,bpt,ct->bpcn", layer.values(kept), ratio, weights)
+            values = layer.values(kept) * ratio[..., None]
+            if weights is not None:
+                values = torch.einsum("bptn,ct->bpcn", values, weights.to(values))
             scores.append(values[valid].abs().mean((0, 1)))
         return dict(zip(neurons, largest(scores, self.selection.top_neurons or 0), strict=True))
 

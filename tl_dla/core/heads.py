@@ -86,14 +86,15 @@ class HeadSplit(RowSplit):
 
     def __init__(self, part: Attention, step: Write, write: Readout) -> None:
         super().__init__(part, step, write)
-        self.heads = self.output.through_linear(part.W_O)
+        # Nothing that the tap holds may hold the split: a circle would keep directions alive.
+        heads = self.heads = self.output.through_linear(part.W_O)
         n_heads = part.W_O.shape[0]
 
         def by_head(z: Tensor) -> Tensor:
             return rearrange(z.flatten(2), "batch pos (head d) -> batch pos head d", head=n_heads)
 
         self.by_head = by_head
-        self.heads_tap = Tap(part.site, lambda z: self.heads.contract(by_head(z)))
+        self.heads_tap = Tap(part.site, lambda z: heads.contract(by_head(z)))
 
     def taps(self) -> list[Tap]:
         """Each head's dot product with the readout at z."""

@@ -119,8 +119,7 @@ class Attribution:
             hops: the source rows that the rows split, the last one last.
         """
         unit, selection, d = about
-        weights = query.targets.weights.to(rows.ratio)
-        values = (rows.values * rows.ratio) @ weights.mT
+        values = query.targets.added(rows.values * rows.ratio)
         # Of the residual points, the last one and the biases add up to the logit.
         n_points = len(rows.keys) - len(rows.constants)
         kept = slice(n_points - 1, None) if unit == "layer" else slice(None)

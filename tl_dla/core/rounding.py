@@ -45,23 +45,23 @@ class Sizes:
         readout_norm: root of the sum over additions of (‖x ⊙ w‖/s)², per target token.
         final_norm: ‖x ⊙ w‖/s at the place that is read.
         logits: the target tokens' values.
-        abs_sum: the sum of the rows' absolute values, over the target tokens too.
+        abs_sum: the sum of the rows' absolute values.
     """
 
     readout_norm: Float[Tensor, "*part batch pos token"]
     final_norm: Float[Tensor, "*part batch pos token"]
     logits: Float[Tensor, "*part batch pos token"]
-    abs_sum: Float[Tensor, "*part batch pos"]
+    abs_sum: Float[Tensor, "*part batch pos token"]
 
 
 def rounding(
-    sizes: Sizes, weights: Float[Tensor, "candidate token"], machine_eps: float, d: int
+    sizes: Sizes, weights: Float[Tensor, "candidate token"] | None, machine_eps: float, d: int
 ) -> Float[Tensor, "*part batch pos candidate"]:
     """What rounding can explain, by the derivation in this module's docstring.
 
     Args:
         sizes: what it is measured by.
-        weights: how the tokens are added up.
+        weights: how the tokens are added up; None where they are not.
         machine_eps: that of the narrowest dtype in the model's forward pass.
         d: the length of the dot products.
     """
@@ -72,8 +72,11 @@ def rounding(
         machine_eps * _UNIFORM * (added.square() + 2 * final.square() + logits.square()).sqrt()
     )
     dots = eps * d**0.5 * final
-    variance = (forward.square() + dots.square()) @ weights.double().square().mT
-    return SIGMAS * variance.sqrt() + eps * abs_sum[..., None]
+    variance = forward.square() + dots.square()
+    if weights is not None:
+        variance = variance @ weights.double().square().mT
+        abs_sum = abs_sum @ weights.double().abs().mT
+    return SIGMAS * variance.sqrt() + eps * abs_sum
 
 
 def score_sizes(

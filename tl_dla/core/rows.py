@@ -117,6 +117,23 @@ class Rows:
         """All rows in one tensor."""
         return torch.cat([group.values for group in (*self.groups, *self.constants)])
 
+    @staticmethod
+    def joined(parts: "Sequence[Rows]") -> "Rows":
+        """Rows over some tokens and over the others, as one."""
+        sizes = ("total", "ratio", "readout_norm", "final_norm")
+        fields = ("value", "parts", "abs_sum", "readout_norm")
+        return Rows(
+            _joined([part.groups for part in parts]),
+            _joined([part.constants for part in parts]),
+            **{name: torch.cat([getattr(part, name) for part in parts], -1) for name in sizes},
+            checks=[
+                replace(
+                    of[0], **{f: torch.cat([getattr(check, f) for check in of], -1) for f in fields}
+                )
+                for of in zip(*(part.checks for part in parts), strict=True)
+            ],
+        )
+
     def without_constants(self) -> "Rows":
         """The rows of the stream alone."""
         return replace(self, constants=[])
@@ -135,6 +152,29 @@ class Rows:
             **{name: f(getattr(self, name)) for name in sizes},
             checks=[checked(c) for c in self.checks],
         )
+
+
+def _joined(parts: Sequence[list[RowGroup]]) -> list[RowGroup]:
+    """One group; a `_rest` row that is no more than rounding for some tokens is 0 there."""
+    keys = [[key for group in groups for key in group.keys] for groups in parts]
+    every = list(keys[0])
+    for own in keys[1:]:
+        new = set(own).difference(every)
+        for at, key in enumerate(own):
+            if key in new:
+                every.insert(every.index(own[at - 1]) + 1 if at else 0, key)
+    if not every:
+        return []
+    place = {key: i for i, key in enumerate(every)}
+    values = []
+    for own, groups in zip(keys, parts, strict=True):
+        mine = torch.cat([group.values for group in groups])
+        if own != every:
+            whole = mine.new_zeros(len(every), *mine.shape[1:])
+            whole[[place[key] for key in own]] = mine
+            mine = whole
+        values.append(mine)
+    return [RowGroup(every, torch.cat(values, -1))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ of a result once more, of another unit or with other rows split, and holds the a
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ CAUSE = (
     " or the model does something to the stream that was not understood;"
     " check_model(model, tokens) shows where."
 )
+_TOKENS_AT_ONCE = 1024  # target tokens whose directions are pulled back at once
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
 
 Within = Callable[[slice], AbstractContextManager[None]]
@@ -60,6 +61,13 @@ class Run:
         with exact():
             targets = self.query.targets
             return self.parts.rows(self.kept, self.query.positions, self.ratio_of, targets.weights)
+
+    @property
+    def readout_norm(self) -> Float[Tensor, "batch pos token"]:
+        """That of the rows; see `Rows`."""
+        if "rows" in self.__dict__:
+            return self.rows.readout_norm
+        return self.parts.stream.rows(self.parts.reader, self.parts.scaled(self.kept)).readout_norm
 
     def ratio_of(self, total: Float[Tensor, "batch pos token"]) -> Float[Tensor, "batch pos token"]:
         """The output transform (a multiplier, a soft cap) frozen per token: transformed / raw."""
@@ -118,23 +126,29 @@ def run(
     reader = ModelReader(query.model) if reader is None else reader
     parts = _in_parts(query)
 
-    def read(wanted: Sequence[Tap]) -> Kept:
+    def read(wanted: Sequence[Tap], logits: bool = False) -> Kept:
         if cache is not None:
             return recall(reader, cache, query, wanted)
         some = []
         for rows in parts:
             with nullcontext() if within is None else within(rows):
-                some.append(forward(query.part(rows), wanted, logits=False))
+                some.append(forward(query.part(rows), wanted, logits=logits))
         return Kept.joined(some, [wanted] * (len(parts) + 1))
 
     mean = None
     if query.targets.mean_of_vocab and not is_linear(query.model):
         mean = capped_mean(reader, read)
-    whole = of_query(query, unit, selection, mean, reader)
+    unchecked: tuple[str, ...] = ()
     if cache is not None:
         unchecked = tuple(
             f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
         )
+    if len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1:
+        one = replace(query, targets=query.targets.chunks(1)[0])
+        whole = of_query(one, unit, selection, reader=reader)
+        return _by_tokens(query, whole, partial(read, logits=True), taps, unchecked)
+    whole = of_query(query, unit, selection, mean, reader)
+    if cache is not None:
         return Run(query, whole, read([*whole.taps, *taps]), mean, unchecked)
     some, used = [], [[*whole.taps, *taps]]
     for rows in parts:
@@ -172,7 +186,7 @@ def again(
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
     once = run(result.query, unit or result.unit, selection, taps=taps)
-    require_same(result, once.parts, once.kept)
+    require_same(result, once.kept, once.readout_norm)
     return once
 
 
@@ -183,14 +197,20 @@ def require_rerun(result: Attribution) -> None:
         again(result, "component")
 
 
-def require_same(result: Attribution, parts: Decomposition, kept: Kept) -> None:
-    """Raise unless a run gives the logits that a result was made of, but for rounding."""
+def require_same(
+    result: Attribution, kept: Kept, readout_norm: Float[Tensor, "batch pos token"]
+) -> None:
+    """Raise unless a run gives the logits that a result was made of, but for rounding.
+
+    `readout_norm` is that of the run's rows.
+    """
     own, valid = result.numbers.logits, result.positions.valid
     assert kept.logits is not None
     at = valid.to(own.device)
-    size = parts.stream.rows(parts.reader, parts.scaled(kept)).readout_norm.to(own) + own.abs()
+    size = readout_norm.to(own) + own.abs()
     miss = (kept.logits.to(own) - own).abs()
-    allowed = 2 * rerun_tolerance(max(parts.reader.machine_eps, kept.machine_eps)) * size
+    eps = max(ModelReader(result.model).machine_eps, kept.machine_eps)
+    allowed = 2 * rerun_tolerance(eps) * size
     if not bool((miss <= allowed)[at].all()):
         raise ArgumentError(
             "Another run of the result's prompts does not give its logits again (off by"
@@ -207,6 +227,52 @@ def _in_parts(query: Query) -> list[slice]:
     batch, pos = query.positions.index.shape
     step = max(1, _LOGITS_AT_ONCE // (pos * query.model.cfg.d_vocab))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _by_tokens(
+    query: Query,
+    whole: Decomposition,
+    read: Callable[..., Kept],
+    taps: Sequence[Tap],
+    unchecked: tuple[str, ...],
+) -> Run:
+    """A run over very many candidates: the model runs once, the readouts are made part by part.
+
+    What the hooks show is kept as it is, and each part of the candidates reads it. `whole` says
+    what is split into what, for any one of them.
+    """
+    if whole.selection.top_neurons is not None:
+        raise ArgumentError("top_neurons ranks neurons for few candidates: leave it out.")
+    shown = {_place(tap): replace(tap, read=_as_it_is) for tap in whole.taps}
+    kept = read([*shown.values(), *taps])
+
+    def values(parts: Decomposition) -> dict[Tap, Tensor | tuple[Tensor, ...]]:
+        with exact():
+            return {tap: tap.read(*kept.values[shown[_place(tap)]]) for tap in parts.taps}
+
+    every, start = [], 0
+    for targets in query.targets.chunks(_TOKENS_AT_ONCE):
+        some = replace(query, targets=targets)
+        parts = of_query(some, whole.unit, whole.selection, reader=whole.reader)
+        mine, at = Kept(values(parts)), slice(start, start := start + targets.ids.shape[-1])
+        if kept.raw is not None and kept.logits is not None:
+            raw, logits = kept.raw[..., at], kept.logits[..., at]
+            mine = replace(kept, values=mine.values, raw=raw, logits=logits)
+        every.append(Run(some, parts, mine).rows)
+    own = {tap: kept[tap] for tap in taps}
+    run = Run(query, whole, replace(kept, values={**values(whole), **own}), unchecked=unchecked)
+    run.__dict__["rows"] = Rows.joined(every)
+    return run
+
+
+def _place(tap: Tap) -> tuple[str, bool, bool, bool]:
+    """What a tap reads, whatever it makes of it."""
+    return tap.site.name, tap.whole, tap.keys, tap.heads_first
+
+
+def _as_it_is(*x: Tensor) -> tuple[Tensor, ...]:
+    """Copies, since the model may go on to change what it shows."""
+    return tuple(one.clone() for one in x)
 
 
 def _result(run: Run, of: type[Result]) -> Result:
@@ -275,6 +341,7 @@ def _added_up(
     scale: Float[Tensor, "batch pos"],
 ) -> Readout:
     """One readout of the logits of several tokens, with the axes that were asked for."""
+    assert query.targets.weights is not None
     weights = (ratio * query.targets.weights[0].to(ratio))[..., None]
     direction = (tokens.direction.to(weights) * weights).sum(-2)
 

@@ -53,7 +53,8 @@ class SourceSplit(HeadSplit):
         def by_group(v: Tensor) -> Tensor:
             return rearrange(upcast(v).flatten(2), "b pos (group d) -> b pos group d", d=d_head)
 
-        self.z_tap = Tap(part.site, lambda z: upcast(self.by_head(z)))
+        by_head = self.by_head
+        self.z_tap = Tap(part.site, lambda z: upcast(by_head(z)))
         self.pattern_tap = Tap(reads.pattern, upcast, keys=True, heads_first=True)
         self.values_tap = Tap(reads.values, by_group, whole=True, heads_first=reads.heads_first)
         self.gate_tap = None

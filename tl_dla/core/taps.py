@@ -38,7 +38,7 @@ class Tap:
     """
 
     site: Site
-    read: Callable[..., Tensor]
+    read: Callable[..., Tensor | tuple[Tensor, ...]]
     whole: bool = False
     keys: bool = False
     heads_first: bool = False
@@ -64,20 +64,23 @@ class Tap:
 class Kept:
     """What the taps kept, and the target tokens' logits before and after the output transform.
 
-    `machine_eps` is that of the logits which the model returned; without logits it is 0.
+    A tap may keep several tensors of a place that is given several. `machine_eps` is that of the
+    logits which the model returned; without logits it is 0.
     """
 
-    values: Mapping[Tap, Tensor]
+    values: Mapping[Tap, Tensor | tuple[Tensor, ...]]
     raw: Float[Tensor, "batch pos token"] | None = None
     logits: Float[Tensor, "batch pos token"] | None = None
     machine_eps: float = 0.0
 
     def __getitem__(self, tap: Tap) -> Tensor:
-        return self.values[tap]
+        value = self.values[tap]
+        assert isinstance(value, Tensor)
+        return value
 
     def part(self, rows: slice) -> "Kept":
         """What was kept of some of the prompts."""
-        values = {tap: value[rows] for tap, value in self.values.items()}
+        values = {tap: self[tap][rows] for tap in self.values}
         if self.raw is None or self.logits is None:
             return Kept(values)
         return Kept(values, self.raw[rows], self.logits[rows], self.machine_eps)
@@ -92,13 +95,19 @@ class Kept:
             return parts[0]
         columns = zip(*taps, strict=True)  # the n-th tap of every part
         values = {
-            mine[0]: torch.cat([part[tap] for part, tap in zip(parts, mine[1:], strict=True)])
+            mine[0]: _cat([part.values[tap] for part, tap in zip(parts, mine[1:], strict=True)])
             for mine in columns
         }
         if parts[0].raw is None:
             return Kept(values)
         raw, logits = (torch.cat([getattr(p, name) for p in parts]) for name in ("raw", "logits"))
         return Kept(values, raw, logits, parts[0].machine_eps)
+
+
+def _cat(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], tuple):
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+    return torch.cat(list(parts))
 
 
 _DEVICES = ("cpu", "cuda")
@@ -122,7 +131,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         UnsupportedModelError: for a place that the model ran without passing.
     """
     model, prompts, positions = query.model, query.prompts, query.positions
-    values: dict[Tap, Tensor] = {}
+    values: dict[Tap, Tensor | tuple[Tensor, ...]] = {}
     raw: list[Tensor] = []
     tokens = prompts.packed
     _require_alike(model, query)
@@ -240,7 +249,7 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
                 else "this model shows them at no hook, so give the input in place of the cache."
             )
         )
-    values: dict[Tap, Tensor] = {}
+    values: dict[Tap, Tensor | tuple[Tensor, ...]] = {}
     with exact():
         for name, wanted in by_site.items():
             x = cache.cache_dict[names[name]]

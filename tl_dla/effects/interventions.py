@@ -208,7 +208,7 @@ def added_up(
     result: Attribution, tokens: Float[Tensor, "batch pos token"]
 ) -> Float[Tensor, "*batch_and_pos"]:
     """The target tokens' values added up as the result's own are, and shown at its positions."""
-    return result.query.shaped(tokens @ result.targets.weights.to(tokens).mT)
+    return result.query.shaped(result.targets.added(tokens))
 
 
 def _pinned(result: Attribution) -> Selection:

@@ -14,6 +14,8 @@ from tl_dla.inputs.models import device_of
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.tokens import require_tokenizer, token_strings
 
+_MOST_WITH_BASELINE = 4096  # candidates, whose matrix of weights is dense
+
 Answers = str | int | Sequence[Any] | Tensor
 
 
@@ -22,14 +24,30 @@ class Targets:
     """The logits attributed: their tokens, and how they are added up.
 
     `ids` is `[batch, pos, token]` with 1 where it is shared. `weights` is `[candidate, token]`:
-    the answer minus the mean of the incorrect answers is (1, -1/k, …, -1/k). `mean_of_vocab` adds
-    one more token at the end that stands for the mean logit of the vocabulary.
+    the answer minus the mean of the incorrect answers is (1, -1/k, …, -1/k). None is the identity:
+    every token a candidate, so that a whole vocabulary needs no matrix. `mean_of_vocab` adds one
+    more token at the end that stands for the mean logit of the vocabulary.
     """
 
     ids: Int[Tensor, "#batch #pos token"]
-    weights: Float[Tensor, "candidate weight"]
+    weights: Float[Tensor, "candidate weight"] | None
     candidates: tuple[str, ...] | None = None
     mean_of_vocab: bool = False
+
+    def added(self, tokens: Float[Tensor, "*lead token"]) -> Float[Tensor, "*lead candidate"]:
+        """Values of the tokens, added up for each candidate."""
+        return tokens if self.weights is None else tokens @ self.weights.to(tokens).mT
+
+    def chunks(self, size: int) -> "list[Targets]":
+        """The candidates in parts; in one where tokens are added up."""
+        if self.weights is not None or self.ids.shape[-1] <= size:
+            return [self]
+        names = self.candidates or ()
+        starts = range(0, self.ids.shape[-1], size)
+        return [
+            replace(self, ids=self.ids[..., i : i + size], candidates=names[i : i + size])
+            for i in starts
+        ]
 
     def tiled(self, copies: int) -> "Targets":
         """The targets of the prompts several times over."""
@@ -67,7 +85,8 @@ def read_targets(
     """Answers, incorrect answers and candidates as `Targets`.
 
     Answers `[batch, 2]` are (answer, incorrect answer), as the columns of TransformerLens's
-    demonstrations are. `texts` are the prompts, where they were given as text.
+    demonstrations are. `texts` are the prompts, where they were given as text. The candidates
+    `"all"` are the whole vocabulary.
 
     Raises:
         TokenError: for a string that is not one token, an id outside the vocabulary, a shape that
@@ -80,6 +99,8 @@ def read_targets(
     mean = isinstance(incorrect, str) and incorrect == "mean"
     names, wrong = None, None
     if candidates is not None:
+        if isinstance(candidates, str) and candidates == "all":
+            candidates = torch.arange(strings.d_vocab)
         one = isinstance(candidates, str | int)
         ids = strings.ids([candidates] if one else candidates, "candidate_tokens").reshape(1, 1, -1)
         names = tuple(token_strings(model, ids.flatten()))
@@ -98,6 +119,13 @@ def read_targets(
     if incorrect is not None and not mean:
         wrong = strings.ids(incorrect)
     strings.question()
+    if names is not None and wrong is None and not mean:
+        return Targets(ids, None, names)
+    if ids.shape[-1] > _MOST_WITH_BASELINE:
+        raise ArgumentError(
+            f"incorrect_tokens is for at most {_MOST_WITH_BASELINE} candidates, and there are"
+            f" {ids.shape[-1]}: attribute to them without it, and subtract the baseline's column."
+        )
     weights = torch.eye(1 if names is None else ids.shape[-1], dtype=torch.float64)
     if mean:
         baseline = -torch.ones(len(weights), 1, dtype=torch.float64)
@@ -190,6 +218,13 @@ class _Strings:
         )
         self.without_space: dict[str, int] = {}
 
+    @property
+    def d_vocab(self) -> int:
+        """How many tokens there are logits of."""
+        cfg = self.model.cfg
+        d_vocab = getattr(cfg, "d_vocab_out", None) or cfg.d_vocab
+        return cfg.d_vocab if d_vocab < 1 else d_vocab
+
     def ids(self, tokens: Any, name: str = "Answers") -> Int[Tensor, "..."]:
         """The ids, on the model's device."""
         ids = self._nested(tokens, name)
@@ -197,10 +232,7 @@ class _Strings:
             raise TokenError(f"Answers must be strings or integer token ids; {tokens!r} was given.")
         if not ids.numel():
             raise TokenError(f"{name} must hold at least one token; {tokens!r} was given.")
-        cfg = self.model.cfg
-        d_vocab = getattr(cfg, "d_vocab_out", None) or cfg.d_vocab
-        d_vocab = cfg.d_vocab if d_vocab < 1 else d_vocab
-        low, high = int(ids.min()), int(ids.max())
+        d_vocab, low, high = self.d_vocab, int(ids.min()), int(ids.max())
         if low < 0 or high >= d_vocab:
             bad = low if low < 0 else high
             raise TokenError(f"Token id {bad} is outside the vocabulary of {d_vocab} tokens.")

@@ -63,7 +63,8 @@ class Logit:
 def logit(result: Attribution) -> Logit:
     """The model's own logit, or what a path's rows add up to."""
     own = result.logit[~result.logit.isnan()].double()
-    what = "logit difference" if result.targets.weights.shape[1] > 1 else "logit"
+    weights = result.targets.weights
+    what = "logit" if weights is None or weights.shape[1] == 1 else "logit difference"
     if not result.include_bias:
         what += " without its biases"
     name = f"{f'Row {result.path[-1]} of the' if result.path else 'The model’s own'} {what}"
