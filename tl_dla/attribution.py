@@ -121,6 +121,7 @@ def direct_logit_attribution(
     layers: int | Sequence[int] | None = None,
     heads: str | Sequence[str] | None = None,
     top_neurons: int | None = None,
+    include_remainder: bool = False,
     include_bias: bool = True,
     check: Check = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -152,12 +153,16 @@ def direct_logit_attribution(
             stream then stands in for the model's logits.
         candidate_tokens: in place of `answer_tokens`: attribute to each of these tokens, on a last
             axis of the result; `"all"` for the whole vocabulary (`["all"]` is the word).
-        layers: the layers that are split, for `unit="neuron"` and `unit="source"`; all by default.
-        heads: the heads that are split by source token, such as `["L9H9"]`, for `unit="source"`;
-            every other head keeps its row.
+        layers: the layers that are split, for `unit="head"` (the others keep their `attn_out`),
+            `unit="neuron"` and `unit="source"`; all by default.
+        heads: heads such as `["L9H9"]`. For `unit="head"`: those with a row of their own; the
+            others of their layers share one, `9_other_heads`. For `unit="source"`: those that are
+            split by source token; every other head keeps its row.
         top_neurons: how many neurons have a row of their own, for `unit="neuron"`: those of the
             largest mean absolute attribution. The others share a row per layer,
             `3_other_neurons`.
+        include_remainder: for `unit="head"`: everything but the heads as one row, `remainder`, as
+            TransformerLens's own result has it.
         include_bias: whether `ln_final.b` and `b_U` are rows. Without them the rows of a folded
             model are TransformerLens's own.
         check: what a failed certificate does.
@@ -190,7 +195,7 @@ def direct_logit_attribution(
     require_answer(answer_tokens, candidate_tokens)
     model = require_model(model)
     reader = ModelReader(model)
-    selection = read_selection(reader, unit, layers, heads, top_neurons)
+    selection = read_selection(reader, unit, layers, heads, top_neurons, include_remainder)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     if cache is None:
         require_eval(model)

@@ -270,7 +270,7 @@ REFUSED = {
     "prompt id": (torch.tensor([1, 97]), 5, {}, "Token id 97 is outside the model's vocabulary"),
     "negative prompt id": (torch.tensor([1, -3]), 5, {}, "Token id -3 is outside the model's"),
     "too long": (LONG, 5, {}, "65 tokens, more than the model's context of 64"),
-    "no input": (None, 5, {}, "Give `input`"),
+    "no input": (None, 5, {}, "Give either `input`"),
     "position": (TEXTS, 5, {"pos": 3}, "Position 3 is outside prompt 1, which has 3 tokens"),
     "negative position": (TEXTS, 5, {"pos": [-1, -4]}, "Position -4 is outside prompt 1"),
     "empty slice": (TEXTS, 5, {"pos": slice(4, 6)}, "no position of prompt 1"),

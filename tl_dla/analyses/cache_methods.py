@@ -116,7 +116,8 @@ def stack_head_results(
         cache: an `ActivationCache`.
         layer: the layer; -1, None or the number of layers for all heads.
         return_labels: return `(vectors, labels)`.
-        incl_remainder: with everything else as a last row, `remainder`.
+        incl_remainder: with everything else as a last row, `remainder`; what nothing explains
+            keeps its `_rest` row before it.
         pos_slice: positions, counted from the start of the cache; None for all.
         apply_ln: through the norm that reads the stream there; see `apply_ln_to_stack`.
 
@@ -128,7 +129,7 @@ def stack_head_results(
     stack = decompose(
         cache, "head", layer=layer, pos_slice=pos_slice, incl_remainder=True, apply_ln=apply_ln
     )
-    n = len(stack.keys) - (not incl_remainder)
+    n = len(stack.keys) if incl_remainder else stack.kinds.count("head")
     return _labelled(stack.only(range(n)), return_labels)
 
 

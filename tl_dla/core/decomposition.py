@@ -16,7 +16,7 @@ from tl_dla.core.mean_logit import Mean
 from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
 from tl_dla.core.residual import StreamTaps, pull_back
-from tl_dla.core.rows import RowGroup, RowKey, Rows, ScaledKept, SplitCheck
+from tl_dla.core.rows import REMAINDER, RowGroup, RowKey, Rows, ScaledKept, SplitCheck
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import Kept, Tap
 from tl_dla.errors import UnsupportedModelError
@@ -127,16 +127,13 @@ class Decomposition:
         layer = step.layer
         if step.name != "attn_out" or layer is None:
             return None
-        if self.unit == "head" and not self.selection.has_layer(layer):
-            return None
         part = self.reader.attention(layer)
         if part is None:
             return None
-        chosen = [
-            head
-            for head in range(part.W_O.shape[0])
-            if self.unit == "source" and self.selection.has_head(layer, head)
-        ]
+        n_heads = part.W_O.shape[0]
+        chosen = [head for head in range(n_heads) if self.selection.has_head(layer, head)]
+        if self.unit == "head":
+            return HeadSplit(part, step, readout, chosen) if chosen else None
         if not chosen:
             return HeadSplit(part, step, readout)
         reads = self.reader.pattern_and_values(layer)
@@ -197,6 +194,8 @@ class Decomposition:
             first += parts.first
             instead += parts.instead
             checks += parts.checks
+        if self.selection.remainder:
+            instead = _with_remainder(instead)
         return Rows([*first, *instead], biases, total, ratio, *sizes, checks)
 
     def _largest(
@@ -217,6 +216,13 @@ class Decomposition:
                 values = torch.einsum("bptn,ct->bpcn", values, weights.to(values))
             scores.append(values[valid].abs().mean((0, 1)))
         return dict(zip(neurons, largest(scores, self.selection.top_neurons or 0), strict=True))
+
+
+def _with_remainder(rows: list[RowGroup]) -> list[RowGroup]:
+    """One row for all of them, but for what is not understood, which keeps its own."""
+    rests = [row for row in rows if row.keys[0].kind == "rest"]
+    others = torch.cat([row.values for row in rows if row.keys[0].kind != "rest"])
+    return [*rests, RowGroup.one(REMAINDER, others.sum(0))]
 
 
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:

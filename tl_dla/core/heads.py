@@ -5,6 +5,8 @@ A split stands for a row of the residual stream (`3_attn_out`) and gives the row
 through, and a dot product there. Parts must add up to the row that they split.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -80,12 +82,18 @@ def sums(groups: list[RowGroup]) -> list[tuple[Tensor, Tensor]]:
 
 
 class HeadSplit(RowSplit):
-    """`3_attn_out` as its heads, `L3H7`, and `3_attn_bias`."""
+    """`3_attn_out` as its heads, `L3H7`, and `3_attn_bias`.
+
+    Where only some heads are asked for, `keep`, the others share a row, `3_other_heads`.
+    """
 
     part: Attention
 
-    def __init__(self, part: Attention, step: Write, write: Readout) -> None:
+    def __init__(
+        self, part: Attention, step: Write, write: Readout, keep: Sequence[int] | None = None
+    ) -> None:
         super().__init__(part, step, write)
+        self.keep = range(part.W_O.shape[0]) if keep is None else keep
         # Nothing that the tap holds may hold the split: a circle would keep directions alive.
         heads = self.heads = self.output.through_linear(part.W_O)
         n_heads = part.W_O.shape[0]
@@ -107,7 +115,11 @@ class HeadSplit(RowSplit):
     def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The heads first, the bias in place."""
         bias, values = self.bias(kept), self.values(kept)
-        keys = [RowKey("head", self.layer, index=head) for head in range(values.shape[-1])]
-        heads = RowGroup(keys, rearrange(values, "batch pos token head -> head batch pos token"))
-        check = self.check(kept, "the heads", whole, sums([heads, *bias]))
-        return SplitRows([heads], bias, [check])
+        every = rearrange(values, "batch pos token head -> head batch pos token")
+        keys = [RowKey("head", self.layer, index=head) for head in self.keep]
+        check = self.check(kept, "the heads", whole, sums([RowGroup((), every), *bias]))
+        if len(keys) == len(every):
+            return SplitRows([RowGroup(keys, every)], bias, [check])
+        others = [head for head in range(len(every)) if head not in self.keep]
+        rest = RowGroup.one(RowKey("attn", self.layer, "other_heads"), every[others].sum(0))
+        return SplitRows([RowGroup(keys, every[list(self.keep)])], [rest, *bias], [check])

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.decomposition import Decomposition
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import REMAINDER, RowKey
+from tl_dla.core.rows import RowKey
 from tl_dla.core.taps import Kept, Tap, exact, recall
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.caches import read_cached_prompts
@@ -180,9 +179,10 @@ class CachePlace:
         x = self.query.positions.squeeze(x)
         return x if self.query.has_batch else x.squeeze(0)
 
-    def stack(self, unit: Unit) -> ResidualStack:
+    def stack(self, unit: Unit, selection: Selection) -> ResidualStack:
         """What wrote to the stream up to here."""
-        parts = vectors_of(self.reader, unit, steps=None if self.is_final else self.steps())
+        steps = None if self.is_final else self.steps()
+        parts = vectors_of(self.reader, unit, selection, steps)
         with exact():
             rows = stack_of(
                 parts,
@@ -247,22 +247,13 @@ def decompose(
             f'decompose gives vectors for unit "component", "layer" or "head"; {unit!r} was given.'
         )
     place = CachePlace.of(cache, layer, mlp_input, pos if pos_slice is ... else pos_slice)
-    stack = place.stack(unit)
+    stack = place.stack(unit, Selection(remainder=unit == "head" and incl_remainder))
     if unit == "layer" and not incl_mid:
         last = len(stack.keys) - 1
         stack = stack.only(
             [i for i, key in enumerate(stack.keys) if key.name != "mid" or i == last]
         )
-    if unit == "head" and incl_remainder:
-        stack = _with_remainder(stack)
     norm = place.norm() if apply_ln else None
     if norm is not None:
         stack = replace(stack, vectors=norm.through(stack.vectors, place.scale(norm)))
     return stack
-
-
-def _with_remainder(stack: ResidualStack) -> ResidualStack:
-    """The heads, and everything else as one row."""
-    n = stack.kinds.count("head")
-    rest = stack.vectors[n:].sum(0, keepdim=True)
-    return ResidualStack(torch.cat([stack.vectors[:n], rest]), [*stack.keys[:n], REMAINDER])

@@ -24,6 +24,7 @@ class Selection:
 
     Heads and neurons are (layer, index). `neurons` names those that have a row of their own, in
     place of the largest ones; `alone` leaves out the others, and the certificate with them.
+    `remainder` adds up every row but the heads and what is not understood.
     """
 
     layers: tuple[int, ...] | None = None
@@ -31,6 +32,7 @@ class Selection:
     top_neurons: int | None = None
     neurons: tuple[tuple[int, int], ...] | None = None
     alone: bool = False
+    remainder: bool = False
 
     def has_layer(self, layer: int) -> bool:
         """Whether rows of the layer are split."""
@@ -53,6 +55,7 @@ def read_selection(
     layers: int | Sequence[int] | None,
     heads: str | Sequence[str] | None,
     top_neurons: int | None,
+    remainder: bool = False,
 ) -> Selection:
     """Rows that are split, checked against the unit and the model; one may stand for a list of one.
 
@@ -63,8 +66,9 @@ def read_selection(
     layers, heads = _listed("layers", layers), _listed("heads", heads)
     for name, given, units in (
         ("layers", layers, ("head", "neuron", "source")),
-        ("heads", heads, ("source",)),
+        ("heads", heads, ("head", "source")),
         ("top_neurons", top_neurons, ("neuron",)),
+        ("include_remainder", remainder or None, ("head",)),
     ):
         if given is not None and unit not in units:
             wanted = " or ".join(f'unit="{x}"' for x in units)
@@ -82,7 +86,7 @@ def read_selection(
         if not _is_integer(top_neurons) or top_neurons < 1:
             raise ArgumentError(f"top_neurons must be at least 1; {top_neurons!r} was given.")
     listed = None if layers is None else tuple(int(layer) % n for layer in layers)
-    return Selection(listed, places, top_neurons)
+    return Selection(listed, places, top_neurons, remainder=remainder)
 
 
 def _is_integer(x: Any) -> bool:

@@ -89,7 +89,7 @@ def read_prompts(
             than the model's context, tokens that may be padding or the prompt's own.
     """
     if input is None:
-        raise ArgumentError("Give `input` to run the model on, or a `cache` of such a run.")
+        raise ArgumentError("Give either `input` to run the model on, or a `cache` of such a run.")
     given = _as_tokens(input)
     if attention_mask is not None and not isinstance(given, Tensor):
         raise ArgumentError(
