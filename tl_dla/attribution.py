@@ -25,10 +25,11 @@ from tl_dla.effects.interventions import Group
 from tl_dla.effects.substitutes import Ablation, At
 from tl_dla.figures.attention_view import AttentionStyle
 from tl_dla.inputs.caches import read_cache, read_cached_prompts
+from tl_dla.inputs.dictionaries import Dictionaries
 from tl_dla.inputs.models import require_eval, require_model
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Unit, read_selection, require_unit
+from tl_dla.inputs.selection import Unit, read_selection, require_unit, with_dictionaries
 from tl_dla.inputs.targets import Answers, read_targets, require_answer
 from tl_dla.inputs.tokens import Input, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
@@ -122,6 +123,8 @@ def direct_logit_attribution(
     heads: str | Sequence[str] | None = None,
     top_neurons: int | None = None,
     include_remainder: bool = False,
+    dictionaries: Dictionaries | None = None,
+    top_latents: int | None = None,
     include_bias: bool = True,
     check: Check = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -145,8 +148,9 @@ def direct_logit_attribution(
         unit: `"component"` (embeddings, attention and MLP outputs, as `decompose_resid`),
             `"layer"` (the stream after each sublayer, as `accumulated_resid(incl_mid=True)`),
             `"head"` (heads, as `stack_head_results`, then everything else), `"neuron"` (neurons, as
-            `stack_neuron_results`, or experts, then everything else) or `"source"` (what each head
-            moved from each token, `L9H9←5`, then everything else).
+            `stack_neuron_results`, or experts, then everything else), `"source"` (what each head
+            moved from each token, `L9H9←5`, then everything else) or `"latent"` (what the
+            dictionaries' hooks hold as latents, `2_post:17`, then everything after).
         pos: positions of each prompt, counted over its real tokens: an integer, a list, a slice, a
             `Slice`, or None for all of them.
         cache: an `ActivationCache` to read in place of running the model. Its final residual
@@ -163,6 +167,12 @@ def direct_logit_attribution(
             `3_other_neurons`.
         include_remainder: for `unit="head"`: everything but the heads as one row, `remainder`, as
             TransformerLens's own result has it.
+        dictionaries: for `unit="latent"`: `{hook: dictionary}`, and for transcoders
+            `{(hook read, hook explained): transcoder}`. Those of sae-lens work, and anything with
+            `encode` and `decode`. The hook explained is one of the stream (`hook_resid_post`), of
+            what a sublayer adds to it (`hook_mlp_out`), or `attn.hook_z`.
+        top_latents: how many latents have a row of their own, as `top_neurons`; all that are
+            active by default.
         include_bias: whether `ln_final.b` and `b_U` are rows. Without them the rows of a folded
             model are TransformerLens's own.
         check: what a failed certificate does.
@@ -196,6 +206,7 @@ def direct_logit_attribution(
     model = require_model(model)
     reader = ModelReader(model)
     selection = read_selection(reader, unit, layers, heads, top_neurons, include_remainder)
+    selection = with_dictionaries(selection, reader, unit, dictionaries, top_latents)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     if cache is None:
         require_eval(model)

@@ -212,5 +212,5 @@ def test_choices_that_cannot_be_meant_are_refused():
         attribute(model, top_neurons=0)
     with pytest.raises(ArgumentError, match="Layer 3 was asked for; the model has layers 0 to 2"):
         attribute(model, layers=[3])
-    with pytest.raises(ArgumentError, match='heads is for unit="source"'):
+    with pytest.raises(ArgumentError, match='heads is for unit="head" or unit="source"'):
         attribute(model, heads=["L1H1"])

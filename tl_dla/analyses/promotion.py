@@ -84,7 +84,7 @@ def promoted_tokens(
         raise ArgumentError(
             f"k and chunk_size must be at least 1; {k} and {chunk_size} were given."
         )
-    if result.path or key.kind == "neurons":
+    if result.path or key.kind in ("neurons", "latents"):
         raise ArgumentError(
             f"Row {label!r} is not written to the final stream by one part of the model: ask for a"
             " row of direct_logit_attribution, such as a head or a neuron."
@@ -148,6 +148,8 @@ def _unit(result: Attribution, key: RowKey) -> tuple[Unit, Selection]:
     if key.kind in ("neuron", "expert") or (key.kind == "bias" and key.name == "mlp_bias"):
         neurons = ((key.layer or 0, key.index or 0),) if key.kind == "neuron" else ()
         return "neuron", Selection(layers, neurons=neurons, alone=True)
+    if result.unit == "latent":
+        return "latent", replace(result.selection, top_latents=None)
     if key.kind == "head" or key.name == "attn_bias":
         return "head", Selection(layers)
     return ("layer" if result.unit == "layer" else "component"), Selection()

@@ -173,6 +173,7 @@ _SPLITS = {
     "the neurons": "each layer's neurons to its mlp_out",
     "the experts": "each layer's experts to its mlp_out",
     "the source tokens": "each head's source tokens to its row",
+    "the latents": "each dictionary's latents, b_dec and error to what they explain",
 }
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.heads import HeadSplit, RowSplit
+from tl_dla.core.latents import LatentSplit, Score, placed, with_largest
 from tl_dla.core.mean_logit import Mean
 from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
@@ -19,7 +20,7 @@ from tl_dla.core.residual import StreamTaps, pull_back
 from tl_dla.core.rows import REMAINDER, RowGroup, RowKey, Rows, ScaledKept, SplitCheck
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import Kept, Tap
-from tl_dla.errors import UnsupportedModelError
+from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
@@ -62,6 +63,7 @@ class Decomposition:
         self.reader, self.readout = reader, readout
         self.constants = [(key, value) for key, value in constants if value is not None]
         self.unit, self.selection = unit, selection
+        steps, self._places = placed(reader, steps, selection.dictionaries)
         self.steps = pull_back(steps, readout)
         self.stream = StreamTaps.of(self.steps, every_norm=unit == "layer")
         self.splits = self._splits(whole)
@@ -97,6 +99,14 @@ class Decomposition:
         """What splits the rows of the unit, by the step whose row it is."""
         if self.unit in ("component", "layer"):
             return {}
+        if self.unit == "latent":
+            if not self._places:
+                raise ArgumentError('unit="latent" needs dictionaries={hook: dictionary}.')
+            return {
+                step: LatentSplit(self._places[step], readout, self.reader)
+                for step, readout in self.steps
+                if isinstance(step, Write) and step in self._places
+            }
         split = self._mlp if self.unit == "neuron" else self._attention
         found: dict[Step, RowSplit] = {
             step: part
@@ -162,9 +172,10 @@ class Decomposition:
         Args:
             kept: what the taps kept.
             positions: the attributed positions, which say how far back sources reach and which
-                positions count when neurons are ranked.
+                positions count when neurons and latents are ranked.
             ratio_of: the output transform, frozen, from the total.
-            weights: how the tokens are added up, for the ranking of neurons; None for not at all.
+            weights: how the tokens are added up, for the ranking of neurons and latents; None for
+                not at all.
         """
         known = self.scaled(kept, positions)
         stream = self.stream.rows(self.reader, known)
@@ -174,9 +185,10 @@ class Decomposition:
         ratio, sizes = ratio_of(total), (stream.readout_norm, stream.final_norm)
         if self.unit == "layer":
             return Rows(stream.points, biases, total, ratio, *sizes)
+        score = _mean_size(ratio, positions, weights)
         keep: dict[Step, list[int]] = {}
         if self.selection.top_neurons is not None:
-            keep = self._largest(known, ratio, positions, weights)
+            keep = self._largest(known, score)
         steps = {split.key: step for step, split in self.splits.items()}
         first: list[RowGroup] = []
         instead: list[RowGroup] = []
@@ -196,25 +208,14 @@ class Decomposition:
             checks += parts.checks
         if self.selection.remainder:
             instead = _with_remainder(instead)
+        if self.selection.top_latents is not None:
+            first = with_largest(first, self.selection.top_latents, score)
         return Rows([*first, *instead], biases, total, ratio, *sizes, checks)
 
-    def _largest(
-        self,
-        kept: ScaledKept,
-        ratio: Float[Tensor, "batch pos token"],
-        positions: Positions | None,
-        weights: Float[Tensor, "candidate token"] | None,
-    ) -> dict[Step, list[int]]:
+    def _largest(self, kept: ScaledKept, score: Score) -> dict[Step, list[int]]:
         """Rank all layers' neurons by their mean absolute attribution; the first keep a row."""
-        valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
-        valid = valid if positions is None else positions.valid.to(ratio.device)
         neurons = {s: split for s, split in self.splits.items() if isinstance(split, NeuronSplit)}
-        scores = []
-        for layer in neurons.values():
-            values = layer.values(kept) * ratio[..., None]
-            if weights is not None:
-                values = torch.einsum("bptn,ct->bpcn", values, weights.to(values))
-            scores.append(values[valid].abs().mean((0, 1)))
+        scores = [score(layer.values(kept)) for layer in neurons.values()]
         return dict(zip(neurons, largest(scores, self.selection.top_neurons or 0), strict=True))
 
 
@@ -223,6 +224,24 @@ def _with_remainder(rows: list[RowGroup]) -> list[RowGroup]:
     rests = [row for row in rows if row.keys[0].kind == "rest"]
     others = torch.cat([row.values for row in rows if row.keys[0].kind != "rest"])
     return [*rests, RowGroup.one(REMAINDER, others.sum(0))]
+
+
+def _mean_size(
+    ratio: Float[Tensor, "batch pos token"],
+    positions: Positions | None,
+    weights: Float[Tensor, "candidate token"] | None,
+) -> Score:
+    """What neurons and latents are ranked by: mean absolute attribution over prompts' positions."""
+    valid = torch.ones(ratio.shape[:2], dtype=torch.bool, device=ratio.device)
+    valid = valid if positions is None else positions.valid.to(ratio.device)
+
+    def score(values: Float[Tensor, "batch pos token row"]) -> Float[Tensor, " row"]:
+        values = values * ratio[..., None]
+        if weights is not None:
+            values = torch.einsum("bptn,ct->bpcn", values, weights.to(values))
+        return values[valid].abs().mean((0, 1))
+
+    return score
 
 
 def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:

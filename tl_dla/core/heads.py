@@ -25,15 +25,15 @@ class RowSplit:
     """One sublayer whose row is split.
 
     Args:
-        part: how the sublayer writes.
+        part: how the sublayer writes; None where what joins the stream is split as it is.
         step: where it joins the stream.
         write: the readout of what joins the stream.
     """
 
-    def __init__(self, part: Attention | MLP | Experts, step: Write, write: Readout) -> None:
-        self.part, self.key, self.layer, self.write = part, key_of(step), part.layer, write
-        self.output = write.times(part.factor)
-        if part.post_norm is not None:
+    def __init__(self, part: Attention | MLP | Experts | None, step: Write, write: Readout) -> None:
+        self.part, self.key, self.layer, self.write = part, key_of(step), step.layer, write
+        self.output = write if part is None else write.times(part.factor)
+        if part is not None and part.post_norm is not None:
             self.output = self.output.through_norm(part.post_norm)
         self.norm_tap = Tap(step.site, write.norm_of)
 
@@ -53,6 +53,8 @@ class RowSplit:
     def bias(self, kept: ScaledKept) -> list[RowGroup]:
         """The output bias and the post-norm's own, through what follows them; none if all 0."""
         part, values = self.part, []
+        if part is None:
+            return []
         if part.bias is not None and bool(part.bias.any()):
             values.append(kept.scaled(self.output.of_bias(part.bias), self.output))
         norm = part.post_norm

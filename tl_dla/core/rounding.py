@@ -79,6 +79,14 @@ def rounding(
     return SIGMAS * variance.sqrt() + eps * abs_sum
 
 
+def narrower_rounding(eps: float, d: int) -> float:
+    """Both of those of a dtype that the machine epsilon of the model does not cover.
+
+    In units of ε‖x ⊙ w‖/s: one rounding, and a dot product of d terms in at least float32.
+    """
+    return float((eps**2 + (min(eps, EPS32) / _UNIFORM) ** 2 * d) ** 0.5)
+
+
 def score_sizes(
     scores: Float[Tensor, "batch key"], paid: Float[Tensor, "batch key"], dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:

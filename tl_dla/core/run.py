@@ -24,8 +24,9 @@ from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.caches import check_cache
+from tl_dla.inputs.dictionaries import Dictionaries
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Selection, Unit, require_unit
+from tl_dla.inputs.selection import Selection, Unit, require_unit, with_dictionaries
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import is_linear, output_transform
 
@@ -352,12 +353,15 @@ def _added_up(
     return Readout(squeezed(direction), tokens.norms, squeezed(scale) if tokens.norms else None)
 
 
-def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
+def required_hooks(
+    model: Any, unit: Unit = "component", *, dictionaries: Dictionaries | None = None
+) -> list[str]:
     """The hooks that a cache must hold for `unit`, to pass as `names_filter`.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
         unit: as in `direct_logit_attribution`.
+        dictionaries: the same, for `unit="latent"`.
 
     Raises:
         UnsupportedModelError: where the unit does not work on the model.
@@ -372,5 +376,6 @@ def required_hooks(model: Any, unit: Unit = "component") -> list[str]:
     reader = ModelReader(model)
     like = model.W_U.new_zeros(1, 1, 1, len(model.W_U))
     logit, _ = logit_readout(reader, like)
-    parts = Decomposition(reader, reader.stream().steps, logit, [], unit, Selection())
+    selection = with_dictionaries(Selection(), reader, unit, dictionaries)
+    parts = Decomposition(reader, reader.stream().steps, logit, [], unit, selection)
     return sorted({tap.site.name for tap in parts.taps if tap.site.hooked})

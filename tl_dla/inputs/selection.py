@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.dictionaries import Dictionaries, Dictionary, read_dictionaries
 from tl_dla.model.reader import ModelReader
 
-Unit = Literal["component", "layer", "head", "neuron", "source"]
+Unit = Literal["component", "layer", "head", "neuron", "source", "latent"]
 
 
 def require_unit(unit: str) -> None:
@@ -25,6 +26,7 @@ class Selection:
     Heads and neurons are (layer, index). `neurons` names those that have a row of their own, in
     place of the largest ones; `alone` leaves out the others, and the certificate with them.
     `remainder` adds up every row but the heads and what is not understood.
+    `dictionaries` split what their hooks hold into latents, of which `top_latents` have a row.
     """
 
     layers: tuple[int, ...] | None = None
@@ -33,6 +35,8 @@ class Selection:
     neurons: tuple[tuple[int, int], ...] | None = None
     alone: bool = False
     remainder: bool = False
+    dictionaries: tuple[Dictionary, ...] = ()
+    top_latents: int | None = None
 
     def has_layer(self, layer: int) -> bool:
         """Whether rows of the layer are split."""
@@ -82,11 +86,36 @@ def read_selection(
         if not -n <= layer < n:
             raise ArgumentError(f"Layer {layer} was asked for; the model has layers 0 to {n - 1}.")
     places = None if heads is None else tuple(place_of_head(reader, head) for head in heads)
-    if top_neurons is not None:
-        if not _is_integer(top_neurons) or top_neurons < 1:
-            raise ArgumentError(f"top_neurons must be at least 1; {top_neurons!r} was given.")
+    _require_at_least_1("top_neurons", top_neurons)
     listed = None if layers is None else tuple(int(layer) % n for layer in layers)
     return Selection(listed, places, top_neurons, remainder=remainder)
+
+
+def with_dictionaries(
+    selection: Selection,
+    reader: ModelReader,
+    unit: Unit,
+    dictionaries: Dictionaries | None,
+    top_latents: int | None = None,
+) -> Selection:
+    """The same with what latents are read by, checked against the unit and the model.
+
+    Raises:
+        ArgumentError: as `read_selection` and `read_dictionaries`.
+    """
+    for name, given in (("dictionaries", dictionaries), ("top_latents", top_latents)):
+        if given is not None and unit != "latent":
+            raise ArgumentError(f'{name} is for unit="latent"; unit="{unit}" was given.')
+    if unit != "latent":
+        return selection
+    _require_at_least_1("top_latents", top_latents)
+    read = read_dictionaries(reader, dictionaries)
+    return replace(selection, dictionaries=read, top_latents=top_latents)
+
+
+def _require_at_least_1(name: str, top: int | None) -> None:
+    if top is not None and (not _is_integer(top) or top < 1):
+        raise ArgumentError(f"{name} must be at least 1; {top!r} was given.")
 
 
 def _is_integer(x: Any) -> bool:

@@ -31,6 +31,9 @@ Kind = Literal[
     "expert",
     "source",
     "latent",
+    "latents",  # those of a dictionary that share a row
+    "skip",  # what a transcoder passes on beside its latents
+    "error",  # what a dictionary does not explain
     "bias",
     "residual",
     "rest",
