@@ -1,5 +1,6 @@
 """The public names: type checkers read them here, and `__init__.py` imports them from here."""
 
+from .analyses.attention_scores import attribute_attention as attribute_attention
 from .analyses.cache_methods import accumulated_resid as accumulated_resid
 from .analyses.cache_methods import apply_ln_to_stack as apply_ln_to_stack
 from .analyses.cache_methods import decompose_resid as decompose_resid

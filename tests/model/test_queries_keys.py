@@ -112,7 +112,8 @@ def test_queries_and_keys_are_linear_once_frozen(name):
 def check_linear(projection, x, rotation):
     frozen = projection.freeze(x, rotation)
     direction = torch.randn_like(frozen.value)
-    back = frozen.back(direction).expand(*direction.shape[:-1], -1)
+    heads = range(direction.shape[-2])
+    back = torch.stack([frozen.back(direction[..., h, :], h) for h in heads], -2)
     ours = torch.einsum("...hd,...d->...h", back, x)
     expected = (direction * (frozen.value - frozen.constant)).sum(-1)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-9)
@@ -142,7 +143,20 @@ def test_frozen_projections_are_the_derivative_with_every_scale_held():
     for head in 0, 1:
         chosen = (heads[:, :, head] * direction[:, :, head]).sum()
         [gradient] = torch.autograd.grad(chosen, x, retain_graph=True)
-        torch.testing.assert_close(frozen.back(direction)[:, :, head], gradient)
+        back = frozen.back(direction[:, :, head], head)
+        torch.testing.assert_close(back, gradient)
+
+
+def test_rounding_is_felt_at_every_step():
+    """‖v ⊙ w‖² of what each step gives; a rotation adds two products, which may cancel."""
+    x = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64)
+    W = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    turn = torch.tensor([[[[0.6, -0.8], [0.8, 0.6]]]], dtype=torch.float64)
+    frozen = Projection((Linear(W), Rotate())).freeze(x, turn)  # (3, 2), then (0.2, 3.6)
+    direction = torch.tensor([[[1.0, 10.0]]], dtype=torch.float64)
+    rotated = (0.6 * 3 + 0.8 * 2) ** 2 + (10 * (0.8 * 3 + 0.6 * 2)) ** 2
+    linear = (3 * (0.6 + 8.0)) ** 2 + (2 * (-0.8 + 6.0)) ** 2
+    assert frozen.felt(direction, 0).item() == pytest.approx(rotated + linear)
 
 
 @pytest.mark.parametrize("name", NOT_READ)

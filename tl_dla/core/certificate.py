@@ -5,6 +5,7 @@ model's own logit, and the parts of each row that was split with that row. A sum
 labels that were swapped, or two errors that cancel.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ class Reconstruction:
         if self.passed:
             return []
         whole = Reconstruction(self.expected, self.reconstructed, self.tolerance, self.against)
-        name = "the rows" if self.claim == "rows add up to" else self.claim.rpartition(" ")[0]
+        claimed = self.claim.removesuffix(" add up to")
+        name = "the rows" if claimed == "rows" else re.sub(" (is|are)$", "", claimed)
         named = [(name, whole), *self.parts.items()]
         return [(name, part) for name, part in named if not part.passed]
 

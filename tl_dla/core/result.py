@@ -65,6 +65,23 @@ class Hop:
         return f"L{self.layer}H{self.head}←{places[0] if len(places) == 1 else 'source'}"
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What rows add up to where that is no logit of target tokens, in words.
+
+    Attributes:
+        target: `L3H0: ' Mary' rather than ' John'`, where a logit has `' Mary' − ' John'`.
+        total: `model's own score`.
+        what: `score`, where others say `logit`.
+        units: `nats`, where others say `logits`.
+    """
+
+    target: str
+    total: str
+    what: str
+    units: str
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """What each part of the model wrote to a logit, in logits.
@@ -80,6 +97,7 @@ class Attribution:
         numbers: the same token by token, before the tokens are added up.
         hops: the heads and source tokens whose row the rows split, in a result of
             `attribute_path`; `logit` is then what the last of them moved.
+        subject: what the rows add up to where it is no logit, as in `attribute_attention`.
     """
 
     values: Float[Tensor, "row batch pos candidate"]
@@ -90,6 +108,7 @@ class Attribution:
     selection: Selection
     numbers: Numbers = field(repr=False)
     hops: tuple[Hop, ...] = ()
+    subject: Subject | None = None
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values):
@@ -239,6 +258,8 @@ class Attribution:
     @property
     def target(self) -> str:
         """What is attributed, in words: `' Paris' − ' London'`."""
+        if self.subject is not None:
+            return self.subject.target
         ids = self.targets.ids
         if self.targets.candidates is not None:
             return f"{len(self.targets.candidates)} candidate tokens"
@@ -255,9 +276,21 @@ class Attribution:
     @property
     def total(self) -> str:
         """What the rows add up to, in words."""
+        if self.subject is not None:
+            return self.subject.total
         if self.hops:
             return f"row {self.path[-1]}"
         return "model's own logit" if self.include_bias else "logit without biases"
+
+    @property
+    def what(self) -> str:
+        """What the rows are parts of, in a word: a `logit`."""
+        return "logit" if self.subject is None else self.subject.what
+
+    @property
+    def units(self) -> str:
+        """What the rows are in: `logits`."""
+        return "logits" if self.subject is None else self.subject.units
 
     # ---- ranking -------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             with guard():
                 for tap in by_site[name]:
                     if tap.site.argument is not None:
-                        values[tap] = tap.read(kwargs[tap.site.argument])
+                        values[tap] = tap.read(kwargs.get(tap.site.argument))
                         continue
                     at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
                     values[tap] = tap.read(*at)

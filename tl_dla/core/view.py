@@ -41,6 +41,10 @@ class Shown(Protocol):
     def target(self) -> str: ...  # noqa: D102
     @property
     def total(self) -> str: ...  # noqa: D102
+    @property
+    def what(self) -> str: ...  # noqa: D102
+    @property
+    def units(self) -> str: ...  # noqa: D102
 
 
 _WRITERS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
@@ -135,6 +139,8 @@ def _words(result: Shown) -> Words:
         target=result.target + through,
         logit=result.total,
         certificate=f"{'✓' if result.reconstruction.passed else '✗'} {result.reconstruction}",
+        what=result.what,
+        units=result.units,
     )
 
 

@@ -10,22 +10,25 @@ from jaxtyping import Float
 
 from tl_dla.figures import charts
 from tl_dla.figures.text import percent, safe
-from tl_dla.figures.view import View
+from tl_dla.figures.view import View, Words
 
 
 @dataclass(frozen=True, eq=False)
 class Bars:
-    """Rows to draw as bars: their names, values and shares of the logit."""
+    """Rows to draw as bars: their names, values and shares of the logit, in the view's words."""
 
     labels: Sequence[str]
     values: Float[np.ndarray, "row sample"]
     share: Float[np.ndarray, "row sample"]
+    words: Words
 
     @classmethod
     def of(cls, view: View, rows: Sequence[int]) -> "Bars":
         """Rows of a view."""
         values, _ = view.only()
-        return cls([view.labels[row] for row in rows], values[rows], view.share[rows, :, 0])
+        return cls(
+            [view.labels[row] for row in rows], values[rows], view.share[rows, :, 0], view.words
+        )
 
 
 def bars(
@@ -34,14 +37,15 @@ def bars(
     """A bar from 0 for each row's value, or its mean with a dot for every value."""
     values, share = rows.values, rows.share
     mean, count = values.mean(1), values.shape[1]
+    what, units = rows.words.what, rows.words.units
     if count == 1:
         hover = [
-            f"{m:+.4f} logits ({percent(part)})<br>{safe(names[0])}"
+            f"{m:+.4f} {units} ({percent(part, what)})<br>{safe(names[0])}"
             for m, part in zip(mean, share[:, 0], strict=True)
         ]
     else:
         hover = [
-            f"mean {m:+.4f} logits<br>{v.min():+.4f} to {v.max():+.4f} over {count}"
+            f"mean {m:+.4f} {units}<br>{v.min():+.4f} to {v.max():+.4f} over {count}"
             for m, v in zip(mean, values, strict=True)
         ]
     traces: list[Any] = [
@@ -61,6 +65,8 @@ def bars(
         )
     ]
     if count > 1:
-        dots = charts.dots(rows.labels, values, names, places=places, share=share, **axes)
+        dots = charts.dots(
+            rows.labels, values, names, (what, units), places=places, share=share, **axes
+        )
         traces.extend(dots)
     return traces

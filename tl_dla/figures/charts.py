@@ -200,6 +200,7 @@ def dots(
     labels: Sequence[str],
     values: Float[np.ndarray, "row sample"],
     samples: Sequence[str],
+    words: tuple[str, str] = ("logit", "logits"),
     *,
     places: Sequence[int] | None = None,
     share: Float[np.ndarray, "row sample"] | None = None,
@@ -213,7 +214,7 @@ def dots(
     size, opacity, edge = (6, 0.85, 0.8) if n_samples <= 40 else (4, 0.4, 0.0)
     offsets = spread(0.0, n_samples)
     rows = np.asarray(places if places is not None else range(len(labels)), dtype=np.float32)
-    of_logit = " (%{customdata:.1%} of the logit)" if share is not None else ""
+    of_logit = f" (%{{customdata:.1%}} of the {words[0]})" if share is not None else ""
     return [
         go.Scatter(
             x=values[:, i],
@@ -224,7 +225,7 @@ def dots(
             marker=dict(
                 size=size, color=DOT, opacity=opacity, line=dict(width=edge, color="#ffffff")
             ),
-            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} logits{of_logit}"
+            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} {words[1]}{of_logit}"
             f"<br>{in_template(sample)}<extra></extra>",
             name=f"sample {i}",
             showlegend=False,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.bars import Bars, bars
-from tl_dla.figures.charts import LOGITS, PLAIN, Heading, Look, Sizes
+from tl_dla.figures.charts import PLAIN, Colours, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, number, percent, safe
 from tl_dla.figures.view import View, headings, largest
 
@@ -57,7 +57,7 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
         words = [["" if np.isnan(x) else number(x)[:6] for x in line] for line in grid]
         fig.data[0].update(text=words, texttemplate="%{text}", textfont=dict(size=9))
     fig.update_layout(
-        coloraxis=LOGITS.axis(
+        coloraxis=Colours(view.words.units).axis(
             grid, x=1.01, y=1, yanchor="top", lenmode="pixels", len=min(220, pixels)
         )
         | dict(showscale=not look.narrow),  # signs are red and blue, values in the hover
@@ -76,7 +76,7 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
             fig.add_trace(trace)
     for one, height, end in zip(ledgers, heights[1:], ends[1:], strict=False):
         _add_ledger(fig, one, view, look, (max(0.0, float(end) - height / body), float(end)))
-    heading = Heading(*headings("What wrote the logit of", view))
+    heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(body, 56 if look.narrow else 46))
 
 
@@ -100,14 +100,15 @@ def head_grid(view: View, values: Float[np.ndarray, " row"]) -> Float[np.ndarray
 
 def _heatmap(grid: Float[np.ndarray, "layer head"], view: View) -> go.Heatmap:
     """The cells, with each head's share of the logit, or its range over prompts, in hover."""
-    values, _ = view.only()
+    (values, _), units = view.only(), view.words.units
     if values.shape[1] == 1:
-        data = np.vectorize(percent)(head_grid(view, view.share[:, 0, 0]))
-        hover = f"%{{z:+.4f}} logits (%{{customdata}})<br>{in_template(view.names[0])}"
+        shares = head_grid(view, view.share[:, 0, 0])
+        data = np.vectorize(percent)(shares, view.words.what)
+        hover = f"%{{z:+.4f}} {units} (%{{customdata}})<br>{in_template(view.names[0])}"
     else:
         low, high = head_grid(view, values.min(1)), head_grid(view, values.max(1))
         data = np.vectorize(lambda a, b: f"{a:+.4f} to {b:+.4f}")(low, high)
-        hover = f"mean %{{z:+.4f}} logits<br>from %{{customdata}} over {values.shape[1]}"
+        hover = f"mean %{{z:+.4f}} {units}<br>from %{{customdata}} over {values.shape[1]}"
     return go.Heatmap(
         z=grid,
         customdata=data,
@@ -136,6 +137,7 @@ def _outside(view: View) -> _Ledger:
         [*own.labels, view.words.logit],
         np.vstack([own.values, logit]),
         np.vstack([own.share, np.where(logit == 0, np.nan, 1.0)]),
+        view.words,
     )
     return _Ledger("embeddings, biases, and the total", total, 8, neutral=len(rows))
 
@@ -182,7 +184,7 @@ def _add_ledger(
     if one.neutral is not None:
         colours[one.neutral] = theme.NEUTRAL
     traces[0].marker.color = colours
-    axis = dict(domain=[0, 1], anchor=y, title_text="logits", zeroline=True)
+    axis = dict(domain=[0, 1], anchor=y, title_text=view.words.units, zeroline=True)
     if len(view.samples) == 1:
         ends = one.rows.values[:, 0].tolist()
         axis["range"] = charts.room_beside(ends, [end for end in ends if end < 0], look)

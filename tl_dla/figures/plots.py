@@ -67,7 +67,9 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     values, logit = view.only()
     labels, values = fold(view.labels, values, values.mean(1, keepdims=True), k)
     every = np.vstack([values, logit])
-    rows = Bars([*labels, view.words.logit], every, every / np.where(logit == 0, np.nan, logit))
+    rows = Bars(
+        [*labels, view.words.logit], every, every / np.where(logit == 0, np.nan, logit), view.words
+    )
     if len(view.samples) == 1:
         fig = go.Figure(_waterfall(rows, view.names[0]))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
@@ -77,17 +79,17 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         fig = go.Figure(bars(rows, view.names))
         fig.data[0].marker.color = [*charts.signs(values.mean(1)), theme.NEUTRAL]
     fig.update_yaxes(charts.ledger_axis(rows.labels))
-    fig.update_xaxes(title_text="logits", zeroline=True)
-    heading = Heading(*headings("What wrote the logit of", view))
+    fig.update_xaxes(title_text=view.words.units, zeroline=True)
+    heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(20 * len(rows.labels) + 20))
 
 
 def _waterfall(rows: Bars, where: str) -> go.Waterfall:
     """Steps from 0 to the last row, which is what they add up to."""
-    values, share = rows.values[:, 0], rows.share[:, 0]
+    values, share, words = rows.values[:, 0], rows.share[:, 0], rows.words
     ends = [*np.cumsum(values[:-1]), values[-1]]
     hover = [
-        f"<b>{safe(label)}</b><br>{value:+.4f} logits ({percent(part)})"
+        f"<b>{safe(label)}</b><br>{value:+.4f} {words.units} ({percent(part, words.what)})"
         f"<br>{end:+.4f} so far<br>{safe(where)}"
         for label, value, part, end in zip(rows.labels, values, share, ends, strict=True)
     ]

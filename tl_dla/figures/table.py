@@ -48,6 +48,7 @@ class Table:
     caption: str
     candidates: list[str]
     hidden: int  # candidates that have none
+    units: str = "logits"
 
     @property
     def largest(self) -> float:
@@ -91,7 +92,8 @@ def table(view: View, k: int | None = 12) -> Table:
     lines.append(Line(whole, values[added].sum(0), "sum"))
     lines.append(Line(view.words.logit, view.logit[:, :count], "logit"))
     named = view.candidates[:count] if view.over_candidates else []
-    return Table(lines, _caption(view, len(rows), k), named, len(view.candidates) - count)
+    hidden = len(view.candidates) - count
+    return Table(lines, _caption(view, len(rows), k), named, hidden, view.words.units)
 
 
 def _caption(view: View, shown: int, k: int | None) -> str:
@@ -103,7 +105,7 @@ def _caption(view: View, shown: int, k: int | None) -> str:
         which += " in the order of the stream"
     over = ["prompts"] * (view.n_prompts > 1) + ["positions"] * view.several_positions
     mean = f", mean over {' and '.join(over)}" if over else ""
-    return f"{which} (logits{mean})"
+    return f"{which} ({view.words.units}{mean})"
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def rich_table(
 
     drawn = RichTable(box=None, pad_edge=False)
     drawn.add_column("row", justify="right", no_wrap=True)
-    for name in table.candidates or ["logits"]:
+    for name in table.candidates or [table.units]:
         drawn.add_column(Text(repr(name) if table.candidates else name), justify="right")
         drawn.add_column("")
     styles = {"rest": "dim", "sum": "bold", "logit": "bold"}
@@ -196,19 +198,19 @@ def html(table: Table) -> str:
         head = f'<thead><tr><td style="{_CELL}"></td>{names}{more}</tr></thead>'
     share = table.share
     lines = "".join(
-        _row(line, table.largest, None if share is None else float(share[i]))
+        _row(line, table, None if share is None else float(share[i]))
         for i, line in enumerate(table.lines)
     )
     style = "border-collapse:collapse;margin:4px 0;font-size:13px;color:inherit"
     return f'<table style="{style}">{head}<tbody>{lines}</tbody></table>'
 
 
-def _row(line: Line, largest: float, share: float | None) -> str:
+def _row(line: Line, table: Table, share: float | None) -> str:
     """A line of the table: a bar, a number and, for one value, its share of the logit."""
     total = line.role not in _PARTS
     cells = []
     for values, mean in zip(line.values.T, line.mean.tolist(), strict=True):
-        bar = "" if total else _bar(values, largest)
+        bar = "" if total else _bar(values, table.largest, table.units)
         cells.append(f'<td style="{_CELL}">{bar}</td>')
         cells.append(f'<td style="{_CELL};font-variant-numeric:tabular-nums">{number(mean)}</td>')
     if share is not None and not total:
@@ -223,7 +225,7 @@ def _row(line: Line, largest: float, share: float | None) -> str:
     return f'<tr style="{weight}{rule}">{name}{"".join(cells)}</tr>'
 
 
-def _bar(values: Float[np.ndarray, " sample"], largest: float) -> str:
+def _bar(values: Float[np.ndarray, " sample"], largest: float, units: str) -> str:
     """A bar from 0, in the middle, to the mean; several values as dots, or as their range."""
     middle, mean = _WIDTH / 2, float(values.mean())
     reach = (_WIDTH / 2 - 4) / largest
@@ -245,7 +247,7 @@ def _bar(values: Float[np.ndarray, " sample"], largest: float) -> str:
             for v, y in zip(values, places, strict=True)
         )
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{number(mean)} logits"'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{number(mean)} {units}"'
         f' style="vertical-align:middle"><rect class="bar" x="{x:.2f}" y="3" width="{width:.2f}"'
         f' height="{_HEIGHT - 6}" fill="{colour}"/><line x1="{middle}" x2="{middle}" y1="0"'
         f' y2="{_HEIGHT}" stroke="currentColor" stroke-opacity=".35"/>{dots}</svg>'

@@ -36,6 +36,6 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def percent(share: float) -> str:
+def percent(share: float, what: str = "logit") -> str:
     """A share of the logit; a dash where the logit is 0 or nothing is known."""
-    return f"{share:.1%} of the logit" if np.isfinite(share) else "–"
+    return f"{share:.1%} of the {what}" if np.isfinite(share) else "–"

@@ -40,11 +40,15 @@ class Words:
         target: what the logit is of: `' Mary' − ' John'`.
         logit: what the rows add up to: `model's own logit`.
         certificate: whether they do, with its mark.
+        what: what the rows are parts of, in a word.
+        units: what they are in.
     """
 
     target: str
     logit: str
     certificate: str
+    what: str = "logit"
+    units: str = "logits"
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,9 @@
     Rotate      the rotation of a position
     Beside      several ways at once, their results side by side (latent-compressed keys)
 
-`Projection.freeze(x)` runs the steps and keeps what freezes them. Then
+`Projection.freeze(x)` runs the steps and keeps what freezes them. Then, for each head,
 
-    value = linear(x) + constant,       direction · linear(x) = back(direction) · x
+    value = linear(x) + constant,       direction · linear(x) = back(direction, head) · x
 
 A vector of a latent that all heads share has one head.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_dla.model.norms import Norm
@@ -29,12 +29,36 @@ class Frozen:
     Attributes:
         value: what the projection gives.
         constant: what it gives whatever x is: biases and β, through what follows them.
-        back: from a direction at `value`, for each head, to one at x.
+        back: from a direction at a head's `value` to one at x.
+        felt: what rounding after each step is felt by: the sum over the steps of ‖v ⊙ w‖², where a
+            step gave v and the direction at the head's `value` is w there.
     """
 
     value: Float[Tensor, "*lead head d_head"]
     constant: Float[Tensor, "*lead head d_head"]
-    back: Callable[[Float[Tensor, "*lead head d_head"]], Float[Tensor, "*lead head d_in"]]
+    back: Callable[[Float[Tensor, "*more d_head"], int], Float[Tensor, "*more d_in"]]
+    felt: Callable[[Float[Tensor, "*lead d_head"], int], Float[Tensor, "*lead"]]
+
+    def then(
+        self,
+        value: Float[Tensor, "*lead head d_head"],
+        constant: Float[Tensor, "*lead head d_head"],
+        back: Callable[[Tensor, int], Tensor],
+        size: Float[Tensor, "*lead head d_head"] | None = None,
+    ) -> "Frozen":
+        """After one more step, which takes a head's direction `back`; `size` is |v| of it."""
+        size = value.abs() if size is None else size
+
+        def felt(direction: Tensor, head: int) -> Tensor:
+            here = (of_head(size, -2, head) * direction).square().sum(-1)
+            return here + self.felt(back(direction, head), head)
+
+        return Frozen(value, constant, lambda d, head: self.back(back(d, head), head), felt)
+
+
+def of_head(x: Shaped[Tensor, "..."], axis: int, head: int) -> Shaped[Tensor, "..."]:
+    """A head's part of a tensor, or the one part that all heads share."""
+    return x.select(axis, head if x.shape[axis] > 1 else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +76,10 @@ class Linear:
         def forward(y: Tensor) -> Tensor:
             return (y[..., None, :] @ W)[..., 0, :] + b
 
-        def back(direction: Tensor) -> Tensor:
-            return x.back((W @ direction[..., None])[..., 0])
+        def back(direction: Tensor, head: int) -> Tensor:
+            return direction @ of_head(W, 0, head).mT
 
-        return Frozen(forward(x.value), forward(x.constant), back)
+        return x.then(forward(x.value), forward(x.constant), back)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +95,15 @@ class HeadNorm:
         scale = norm.scale_of(x.value.flatten(-2))[..., None] if self.joint else None
         scale = norm.scale_of(x.value) if scale is None else scale
 
-        def back(direction: Tensor) -> Tensor:
-            direction = direction if norm.gamma is None else direction * norm.gamma.to(direction)
+        def back(direction: Tensor, head: int) -> Tensor:
+            if norm.gamma is not None:
+                own = norm.gamma if norm.gamma.ndim == 1 else of_head(norm.gamma, 0, head)
+                direction = direction * own.to(direction)
             if norm.centred:
                 direction = direction - direction.mean(-1, keepdim=True)
-            return x.back(direction / scale[..., None])
+            return direction / of_head(scale, -1, head)[..., None]
 
-        return Frozen(norm.forward(x.value, scale), norm.forward(x.constant, scale), back)
+        return x.then(norm.forward(x.value, scale), norm.forward(x.constant, scale), back)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +119,12 @@ class Rotate:
         def forward(y: Tensor) -> Tensor:
             return (R @ y[..., None])[..., 0]
 
-        def back(direction: Tensor) -> Tensor:
-            return x.back((R.mT @ direction[..., None])[..., 0])
+        def back(direction: Tensor, head: int) -> Tensor:
+            return (rotation.to(direction).mT @ direction[..., None])[..., 0]
 
-        return Frozen(forward(x.value), forward(x.constant), back)
+        # two products and their sum are rounded, as large as the products
+        size = (R.abs() @ x.value.abs()[..., None])[..., 0]
+        return x.then(forward(x.value), forward(x.constant), back, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +142,16 @@ class Beside:
             heads = max(part.shape[-2] for part in parts)
             return torch.cat([p.expand(*p.shape[:-2], heads, -1) for p in parts], -1)
 
-        def back(direction: Tensor) -> Tensor:
-            parts = direction.split(widths, -1)
-            backs = (end.back(part) for end, part in zip(ends, parts, strict=True))
-            return torch.stack(list(backs)).sum(0)
+        def back(direction: Tensor, head: int) -> Tensor:
+            parts = zip(ends, direction.split(widths, -1), strict=True)
+            return torch.stack([end.back(part, head) for end, part in parts]).sum(0)
+
+        def felt(direction: Tensor, head: int) -> Tensor:
+            parts = zip(ends, direction.split(widths, -1), strict=True)
+            return torch.stack([end.felt(part, head) for end, part in parts]).sum(0)
 
         values, constants = [end.value for end in ends], [end.constant for end in ends]
-        return Frozen(side_by_side(values), side_by_side(constants), back)
+        return Frozen(side_by_side(values), side_by_side(constants), back, felt)
 
 
 Step = Linear | HeadNorm | Rotate | Beside
@@ -138,7 +169,12 @@ class Projection:
         rotation: Float[Tensor, "*#lead d_head d_head"] | None = None,
     ) -> Frozen:
         """Every step at its value for x, at positions with these rotations."""
-        start = Frozen(x[..., None, :], torch.zeros_like(x[..., None, :]), lambda d: d)
+        stream = x[..., None, :]
+
+        def nothing(direction: Tensor, head: int) -> Tensor:
+            return torch.zeros_like(direction[..., 0])
+
+        start = Frozen(stream, torch.zeros_like(stream), lambda d, head: d, nothing)
         return _follow(self.steps, start, rotation)
 
 

@@ -38,6 +38,7 @@ class QueriesAndKeys:
         temperature: what a query is multiplied with for its position (Llama 4, Ministral 3).
         sinks: scores of no key, one a head, that take their share of the pattern.
         pattern: shows the softmax of the scores, `[batch, head, query, key]`.
+        in_float32: whether the model computes its scores in float32 whatever it is in.
     """
 
     layer: int
@@ -53,6 +54,7 @@ class QueriesAndKeys:
     temperature: Callable[[Tensor], Tensor] | None
     sinks: Float[Tensor, " head"] | None
     pattern: Site
+    in_float32: bool
 
     def scores(
         self,
@@ -141,6 +143,7 @@ class QueriesAndKeysReader:
             _temperature(inner),
             parameter(inner, "sinks"),
             pattern,
+            _in_float32(inner),
         )
 
     def _refuse(self, at: str, attn: Any, inner: Any) -> None:
@@ -289,6 +292,12 @@ def _n_heads(query: Projection) -> int:
 def _native_cap(inner: Any) -> float | None:
     cap = float(getattr(inner, "attn_scores_soft_cap", 0.0))
     return cap if cap > 0 else None
+
+
+def _in_float32(inner: Any) -> bool:
+    """Whether the function that multiplies queries with keys asks for float32 (GPT-J, GPT-Neo)."""
+    code = getattr(getattr(type(inner), "_attn", None), "__code__", None)
+    return code is not None and "float32" in code.co_names
 
 
 def _temperature(inner: Any) -> Callable[[Tensor], Tensor] | None:
