@@ -28,7 +28,7 @@ from tl_dla.core.decomposition import Decomposition, of_query
 from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution, Hop, require_input
 from tl_dla.core.rows import RowKey, ScaledKept
-from tl_dla.core.run import require_same
+from tl_dla.core.run import direct_unit, require_same
 from tl_dla.core.sources import SourceSplit
 from tl_dla.core.taps import exact, forward
 from tl_dla.errors import UnsupportedModelError
@@ -98,6 +98,7 @@ def attribute_path(
         True
     """
     require_unit(unit)
+    direct_unit(result)
     require_input(result)
     reader = ModelReader(result.model)
     place = place_of_head(reader, head)

@@ -34,7 +34,7 @@ class Numbers:
     """What a result was made of, token by token, before the tokens were added up.
 
     Attributes:
-        rows: before the output transform.
+        rows: before the output transform; none where tokens were added up first.
         ratio: the output transform, frozen: transformed / raw.
         scale: of the final norm; 1 for a model without one.
         logits: what the model returned; read out of the cache's final stream where none ran.
@@ -102,7 +102,7 @@ class Attribution:
 
     values: Float[Tensor, "row batch pos candidate"]
     keys: list[RowKey]
-    unit: Unit
+    unit: Unit | Literal["input"]
     reconstruction: Reconstruction
     query: Query
     selection: Selection

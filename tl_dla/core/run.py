@@ -186,9 +186,24 @@ def again(
     same = unit in (None, result.unit)
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
-    once = run(result.query, unit or result.unit, selection, taps=taps)
+    own: Unit = "component" if result.unit == "input" else result.unit
+    once = run(result.query, unit or own, selection, taps=taps)
     require_same(result, once.kept, once.readout_norm)
     return once
+
+
+def direct_unit(result: Attribution) -> Unit:
+    """The unit of a direct attribution.
+
+    Raises:
+        ArgumentError: for a result of `attribute_inputs`, whose rows are written at no one place.
+    """
+    if result.unit == "input":
+        raise ArgumentError(
+            "The rows of attribute_inputs are the whole network's, written at no one place of it:"
+            " attribute with direct_logit_attribution for this."
+        )
+    return result.unit
 
 
 def require_rerun(result: Attribution) -> None:

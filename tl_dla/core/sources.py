@@ -13,18 +13,15 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
+from tl_dla.core.gates import gate_factor
 from tl_dla.core.heads import HeadSplit
 from tl_dla.core.readout import Readout
 from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows
 from tl_dla.core.taps import Tap
-from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import Attention, PatternAndValues
 from tl_dla.model.hooks import upcast
 from tl_dla.model.stream import Write
-
-_GATES = (torch.sigmoid, functional.softplus)
 
 
 class SourceSplit(HeadSplit):
@@ -89,24 +86,9 @@ class SourceSplit(HeadSplit):
         gate = self.reads.gate
         if gate is None:
             return None
-        z, shape = kept[self.z_tap], self.part.W_O.shape[:2]
         mixed = torch.einsum("bphs,bshd->bphd", kept[self.pattern_tap], self.values_of(kept))
-        if gate.norm is not None:
-            scale = gate.norm.scale_of(mixed.flatten(2))[..., None, None]
-            gamma = 1.0 if gate.norm.gamma is None else gate.norm.gamma.to(z).unflatten(0, shape)
-            factors = [gamma / scale]
-        else:
-            assert self.gate_tap is not None
-            x = kept[self.gate_tap]
-            x = x[..., None] if x.shape[-1] == shape[0] else x.flatten(2).unflatten(2, shape)
-            factors = [function(x) for function in _GATES]
-        for factor in factors:
-            if bool(((mixed * factor - z).abs().amax() <= 0.01 * z.abs().amax()).all()):
-                return factor
-        raise UnsupportedModelError(
-            f"blocks.{self.layer}.attn multiplies what its heads mix by something that is not"
-            ' understood; unit="head" works.'
-        )
+        shown = None if self.gate_tap is None else kept[self.gate_tap]
+        return gate_factor(gate, shown, mixed, kept[self.z_tap], self.part.layer)
 
     def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The source tokens in place of each chosen head, and the certificate of each."""

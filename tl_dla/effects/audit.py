@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.result import Attribution, require_input
-from tl_dla.core.run import CAUSE
+from tl_dla.core.run import CAUSE, direct_unit
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, RowEffects, flags_of, where
@@ -217,7 +217,7 @@ def audit(
     stack = written(result)
     groups = name_groups(_largest(result, k) if rows is None else rows)
     final = FinalLogits(result, stack)
-    vectors = vectors_of(ModelReader(result.model), result.unit, result.selection)
+    vectors = vectors_of(ModelReader(result.model), direct_unit(result), result.selection)
     # Nothing is left of a row that is zero-ablated; of others it is what stands in its place.
     taps = [] if ablation == "zero" else vectors.taps
     runs = run_ablated(result, groups, How(ablation, at, reference, batch_size, progress), taps)

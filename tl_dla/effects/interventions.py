@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_dla.core.result import Attribution
-from tl_dla.core.run import CAUSE, Run, require_rerun, run
+from tl_dla.core.run import CAUSE, Run, direct_unit, require_rerun, run
 from tl_dla.core.taps import Tap
 from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, substitutes
 from tl_dla.errors import ArgumentError
@@ -157,7 +157,7 @@ def run_ablated(
     chunks += [others[i : i + copies] for i in range(0, len(others), copies)]
     runs: dict[str, Run] = {}
     # The neurons that have rows in the clean run, whichever are the largest in these.
-    selection = _pinned(result)
+    unit, selection = direct_unit(result), _pinned(result)
     with tqdm(total=len(groups), desc="ablate", unit="row", disable=not how.progress) as bar:
         for names in chunks:
             edits = [
@@ -171,7 +171,7 @@ def run_ablated(
                 mine = [part for edit in edits if (part := edit.part(rows)) is not None]
                 return editing(result.model, mine, tiled.part(rows))
 
-            once = run(tiled, result.unit, selection, taps=taps, within=within)
+            once = run(tiled, unit, selection, taps=taps, within=within)
             runs |= zip(names, once.copies(len(names), result.query), strict=True)
             bar.update(len(names))
     return {name: runs[name] for name in groups}
