@@ -1,15 +1,21 @@
 """`attribute_inputs`: each row against autograd on plain frozen modules, and what must fail."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from tests.support.frozen import rows_of
-from tests.support.models import all_in_float64, of_4, strong
+from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import attribute_inputs
+from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path
+from tl_dla.analyses import inputs_ledger
+from tl_dla.core import all_the_way
+from tl_dla.core.network import Network
+from tl_dla.effects.interventions import ablate
+from tl_dla.errors import ArgumentError, ReconstructionError
 
 # LayerNorm and positions; parallel, one matrix for q, k and v; grouped heads and every bias; norms
 # behind sublayers and a soft cap; norms on queries and keys; parallel with a logit scale; gate and
@@ -22,8 +28,6 @@ NAMES = [
 ]
 GATED = ["llama_bias", "gemma2", "phi3", "granite_bias", "mixtral", "gpt_oss", "deepseek_v3"]
 CASES = [(name, "half") for name in NAMES] + [(name, "gate") for name in GATED]
-
-pytestmark = of_4
 
 
 @cache
@@ -49,14 +53,200 @@ def offsets_added(rows):
     return found
 
 
+@of_4
 @pytest.mark.parametrize(("name", "rule"), CASES)
 def test_every_row_is_what_autograd_finds_in_a_frozen_plain_module(name, rule):
     with all_in_float64():
         result = attribute_inputs(strong(name)[0], tokens(), ANSWERS, INCORRECT, mlp=rule)
-    expected, found = reference(name, rule), rows_by_place(result)
+    (expected, flow), found = reference(name, rule), rows_by_place(result)
     if name == "gpt_oss":
         expected, found = offsets_added(expected), offsets_added(found)
     assert set(expected) <= set(found)  # more where an expert is chosen for nothing at the end
     for label, value in found.items():
         own = expected.get(label, torch.zeros_like(value))
         torch.testing.assert_close(value, own, atol=1e-9, rtol=1e-8, msg=label)
+    torch.testing.assert_close(result.flow[:-1], flow, atol=1e-9, rtol=1e-8)
+    assert result.reconstruction.passed and result.reconstruction.relative_error < 1e-12
+    assert list(result.reconstruction.parts) == ["0_pre", "1_pre", "2_pre", "final_post"]
+
+
+# ---- the forms of a question -------------------------------------------------------------------
+
+
+def attribute(name="llama_bias", dtype=torch.float32, ids=None, answers=(ANSWERS, INCORRECT), **o):
+    return attribute_inputs(load(name, dtype), tokens() if ids is None else ids, *answers, **o)
+
+
+def test_several_positions_and_candidates_are_each_what_they_are_alone(monkeypatch):
+    monkeypatch.setattr(all_the_way, "_AT_ONCE", 3 * 2 * 11 * 64)  # in parts of three
+    together = attribute(answers=(), candidate_tokens=[5, 9, 7], pos=[0, 4, -1])
+    assert together.attribution.shape[1:] == (2, 3, 3)
+    assert together.flow.shape == (4, 2, 3, 3, 11)
+    for p, pos in enumerate([0, 4, -1]):
+        for c, token in enumerate([5, 9, 7]):
+            alone = attribute(answers=(token,), pos=pos)
+            for label, row in zip(together.labels, together.attribution, strict=True):
+                own = alone[label] if label in alone.labels else torch.zeros(2)
+                torch.testing.assert_close(row[:, p, c], own, atol=2e-6, rtol=2e-5)
+            n = alone.flow.shape[-1]
+            torch.testing.assert_close(together.flow[:, :, p, c, :n], alone.flow, **CLOSE)
+            assert not together.flow[:, :, p, c, n:].any()
+
+
+CLOSE = dict(atol=2e-6, rtol=2e-5)
+
+
+def test_prompts_of_different_lengths_are_what_each_is_alone():
+    model = load("gpt2")
+    texts = ["w5 w9 w11 w4 w8", "w3 w7", "w20 w21 w22"]
+    together = attribute_inputs(model, texts, 5, 7)
+    assert together.reconstruction.passed
+    for i, text in enumerate(texts):
+        alone = attribute_inputs(model, text, 5, 7)
+        for label in alone.labels:
+            torch.testing.assert_close(together[label][i], alone[label][0], **CLOSE)
+        n = alone.flow.shape[-1]
+        torch.testing.assert_close(together.flow[:, i, :n], alone.flow[:, 0], **CLOSE)
+        assert not together.flow[:, i, n:].any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_row_of_its_own(side):
+    ids, model = tokens(), load("gpt2")
+    pad, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)
+    parts = [(pad, pad), (ids, mask)]
+    parts = parts if side == "left" else parts[::-1]
+    given, real = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    padded = attribute_inputs(model, given, ANSWERS, INCORRECT, attention_mask=real)
+    plain = attribute_inputs(model, ids, ANSWERS, INCORRECT)
+    assert padded.labels == plain.labels
+    torch.testing.assert_close(padded.attribution, plain.attribution, **CLOSE)
+
+
+def test_a_cache_gives_what_the_model_gives():
+    model = load("llama_bias")
+    _, cache = model.run_with_cache(tokens())
+    ran = attribute_inputs(model, tokens(), ANSWERS, INCORRECT, pos=[3, -1])
+    read = attribute_inputs(model, tokens(), ANSWERS, INCORRECT, pos=[3, -1], cache=cache)
+    torch.testing.assert_close(read.attribution, ran.attribution, **CLOSE)
+    torch.testing.assert_close(read.flow, ran.flow, **CLOSE)
+    assert "final residual stream" in str(read.reconstruction)
+
+
+def test_without_the_end_s_biases_the_rows_add_up_to_the_rest():
+    whole, without = attribute("gptj"), attribute("gptj", include_bias=False)
+    ends = whole["ln_final.b"] + whole["b_U"]
+    assert without.labels == whole.labels[:-2]
+    torch.testing.assert_close(without.logit, whole.logit - ends, **CLOSE)
+    assert without.reconstruction.passed
+
+
+@pytest.mark.parametrize("name", either("gpt2", "gemma2", "granite_bias", "ln", "rms"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_certificate_passes_in_the_precision_of_the_model(name, dtype):
+    result = attribute(name, dtype, pos=None)
+    reconstruction = result.reconstruction
+    assert reconstruction.passed
+    # Not because anything would: no more than a part of what the rows are.
+    size = result.attribution.abs().sum(0).max()
+    assert reconstruction.tolerance.max() < (1e-3 if dtype == torch.float32 else 1.0) * size
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_folding_the_norms_changes_no_total(folded):
+    result = attribute_inputs(load("gptj", folded=folded), tokens(), ANSWERS, INCORRECT)
+    plain = attribute("gptj")
+    torch.testing.assert_close(result.logit, plain.logit, atol=1e-4, rtol=1e-4)
+    assert result.reconstruction.passed
+
+
+# ---- what must fail ----------------------------------------------------------------------------
+
+
+def drop_bias(part):
+    value = part.values.maps[0]
+    return replace(part, values=replace(part.values, maps=(replace(value, b=None),)))
+
+
+def drop_output_bias(part):
+    return replace(part, out=replace(part.out, b_O=None))
+
+
+def change_gamma(part):
+    norm = part.values.norm
+    norm = replace(norm, gamma=norm.gamma * torch.tensor([1.2, *[1.0] * 31]))
+    return replace(part, values=replace(part.values, norm=norm))
+
+
+def drop_head(part):
+    W_O = part.out.W_O.clone()
+    W_O[1] = 0.0
+    return replace(part, out=replace(part.out, W_O=W_O))
+
+
+def drop_neuron_bias(part):
+    return replace(part, way_in=replace(part.way_in, b_in=None))
+
+
+def drop_gate(part):
+    return replace(part, way_in=replace(part.way_in, act=torch.nn.functional.relu))
+
+
+ATTENTION = [drop_bias, drop_output_bias, change_gamma, drop_head]
+
+
+@pytest.mark.parametrize("mistake", [*ATTENTION, drop_neuron_bias, drop_gate])
+def test_what_is_read_wrongly_fails_the_certificate(monkeypatch, mistake):
+    class Wrong(Network):
+        def __init__(self, reader, rule):
+            super().__init__(reader, rule)
+            parts = [i for i in self.parts if (self.steps[i].name == "attn_out") == attention]
+            self.parts[parts[1]] = mistake(self.parts[parts[1]])
+
+    attention = mistake in ATTENTION
+    monkeypatch.setattr(inputs_ledger, "Network", Wrong)
+    with pytest.raises(ReconstructionError, match="what each layer holds|rows") as error:
+        attribute()
+    assert "frozen linear map" in str(error.value)
+    assert not attribute(check="off").reconstruction.passed
+    with pytest.warns(UserWarning, match="FAILED"):
+        attribute(check="warn")
+
+
+def test_no_answer_and_too_many_are_refused():
+    with pytest.raises(ArgumentError, match="at most 1024"):
+        attribute(answers=(), candidate_tokens=torch.arange(97).repeat(12))
+    with pytest.raises(TokenError, match="answer"):
+        attribute(answers=())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mamba", "mixer_out, which cannot be frozen"),
+        ("olmo_clip", "clips its values"),
+        ("llama4_text", "not stacked matrices"),
+        ("jetmoe", "hook_z"),
+        ("gemma4_ple", "per_layer_input_out, which cannot be frozen"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused_by_name(name, why):
+    with pytest.raises(UnsupportedModelError, match=why) as error:
+        attribute(name)
+    assert "work" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_are_asked_for_as_any_result_s_are():
+    result = attribute("gpt2")
+    assert result.labels[:2] == ["embed←0", "embed←1"] and result.unit == "input"
+    assert {"pos_embed←10", "0_ln1.b", "1_b_V", "2_mlp_bias", "ln_final.b"} <= set(result.labels)
+    assert set(result.kinds) == {"embed", "bias"}
+    frame = result.to_dataframe()
+    token = frame[frame.label == "embed←3"].source_token.iloc[0]
+    assert token.strip() == f"w{int(tokens()[0, 3])}"
+    best = result.top(1, kind="embed", by="magnitude")[0][0]
+    assert result[best].mean().abs() == max(result[row].mean().abs() for row in result.labels[:22])
+    with pytest.raises(ArgumentError, match="written at no one place"):
+        ablate(result, ["embed←3"], progress=False)
+    with pytest.raises(ArgumentError, match="written at no one place"):
+        attribute_path(result, "L1H0", 2)

@@ -4,10 +4,11 @@ Norm scales, softmaxes and sigmoids (patterns, routers, gates) are detached, act
 ratio of their value to their input, and a gated MLP's halves are taken by halving what goes back
 into its input maps. Then the module is one linear map of its embeddings and its bias vectors:
 
-    rows = rows_of(plain, tokens(), ANSWERS, INCORRECT, rule="half")
+    rows, flow = rows_of(plain, tokens(), ANSWERS, INCORRECT, rule="half")
 
-Labels are the package's; token rows (`embed←5`) hold every embedding at that place. Nothing here
-uses the package's algebra or TransformerLens.
+`flow` is what each layer's input holds at each place, `[layer, batch, source]`. Labels are the
+package's; token rows (`embed←5`) hold every embedding at that place. Nothing here uses the
+package's algebra or TransformerLens.
 """
 
 from __future__ import annotations
@@ -59,17 +60,19 @@ class Frozen(TorchFunctionMode):
 
 def rows_of(
     model: nn.Module, ids: Tensor, answer: Tensor, incorrect: Tensor, rule: str, pos: int = -1
-) -> dict[str, Tensor]:
-    """Each row `[batch]`, whose sum is the logit difference at a position."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each row `[batch]`, whose sum is the logit difference at a position, and the flow."""
     expected = _logits(model, ids, answer, incorrect, pos)
     biases = {n: p for n, p in model.named_parameters() if n.endswith(("bias", "sinks"))}
     model.requires_grad_(False)
     rows: dict[str, Tensor] = {}
+    flow: list[Tensor] = []
     for prompt in range(len(ids)):  # a bias is shared by the prompts, its row is not
         with torch.enable_grad(), ExitStack() as stack:
             for parameter in biases.values():
                 parameter.requires_grad_(True)
             starts: list[Tensor] = []
+            streams = _streams(model, stack)
             extra = _freeze(model, stack, starts, rule)
             value = _logits(model, ids[prompt : prompt + 1], answer[prompt], incorrect[prompt], pos)
             value.sum().backward()
@@ -82,11 +85,12 @@ def rows_of(
             if grad is not None:
                 for label, own in _labelled(name, grad * parameter, rule):
                     _put(rows, label, prompt, own, len(ids))
+        flow.append(torch.stack([(x.grad[0] * x[0]).sum(-1).detach() for x in streams]))
         for label, own in extra():
             _put(rows, label, prompt, own, len(ids))
     rows = {label: row.detach() for label, row in rows.items() if row.any()}
     torch.testing.assert_close(sum(rows.values()), expected, atol=1e-9, rtol=1e-9)
-    return rows
+    return rows, torch.stack(flow, 1)
 
 
 def _put(rows: dict[str, Tensor], label: str, prompt: int, value: Tensor, n: int) -> None:
@@ -104,6 +108,20 @@ def _logits(model, ids, answer, incorrect, pos) -> Tensor:
         handle.remove()
     ratio = torch.where(raw[0] == 0, 1.0, logits / raw[0]).detach()
     return _difference(raw[0] * ratio, answer.reshape(-1), incorrect.reshape(-1))[:, pos]
+
+
+def _streams(model: nn.Module, stack: ExitStack) -> list[Tensor]:
+    """What each layer is given, once the model has run."""
+    found: list[Tensor] = []
+
+    def keep(_layer, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        x.retain_grad()
+        found.append(x)
+
+    for layer in layers_of(model):
+        stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+    return found
 
 
 def _freeze(model: nn.Module, stack: ExitStack, starts: list[Tensor], rule: str):

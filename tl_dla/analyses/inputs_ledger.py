@@ -174,8 +174,7 @@ def _result(once: Run, network: Network, mlp: Rule, progress: bool) -> InputAttr
     pulled = pull_all(once, network, directions(once), progress=progress)
     added, ratio = query.targets.added, once.rows.ratio
     ends = [
-        RowGroup.one(group.keys[0], added(group.values[0] * ratio))
-        for group in once.rows.constants
+        RowGroup.one(group.keys[0], added(group.values[0] * ratio)) for group in once.rows.constants
     ]
     starts = [_tokens(name, held) for name, held in pulled.start.items()]
     # Forwards again: the pull met the last constant first.

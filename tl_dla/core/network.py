@@ -44,9 +44,9 @@ class Pulled:
 
     points: list[ResidPoint]
     held: list[Float[Tensor, "batch *target source"]]
-    above: list[Float[Tensor, "batch *target"]]
-    felt: list[Float[Tensor, "batch *target"]]
-    biases: dict[RowKey, Float[Tensor, "batch *target"]]
+    above: list[Float[Tensor, " batch *target"]]
+    felt: list[Float[Tensor, " batch *target"]]
+    biases: dict[RowKey, Float[Tensor, " batch *target"]]
     start: dict[str, Float[Tensor, "batch *target source"]]
 
 
@@ -184,19 +184,19 @@ class Network:
             visit(step, "component", wrote, direction)
         direction = direction * step.factor if step.factor != 1.0 else direction
         if isinstance(part, AttentionPart):
-            attention = part.frozen(kept.values, n)
+            attention = part.frozen(kept, n)
             to_heads = attention.to_heads(direction, met)
             if visit is not None:
                 visit(step, "head", attention.z, to_heads)
             return attention.back(to_heads, x, met)
         if isinstance(part, MLPPart):
-            mlp = part.frozen(kept.values, n, self.rule)
+            mlp = part.frozen(kept, n, self.rule)
             to_neurons = mlp.to_neurons(direction, name, met)
             back, neurons = mlp.back(to_neurons, x, met)
             if visit is not None:
                 visit(step, "neuron", neurons.post, to_neurons)
             return back
-        experts = part.frozen(kept.values, n, self.rule)
+        experts = part.frozen(kept, n, self.rule)
         return experts.back(direction, x, wrote / step.factor, name, met)
 
     def _start(

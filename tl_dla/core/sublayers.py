@@ -1,6 +1,5 @@
 """Attention layers, MLPs and experts with what freezes them: how they are read, and the taps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from tl_dla.core.frozen_attention import FrozenAttention
 from tl_dla.core.frozen_mlp import FrozenExperts, FrozenMLP
-from tl_dla.core.taps import Tap
+from tl_dla.core.taps import Kept, Tap
 from tl_dla.core.way_back import Rule
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import Attention, Gate
@@ -20,8 +19,6 @@ from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Write
 from tl_dla.model.values import Values
-
-Shown = Mapping[Tap, Tensor]  # what the taps kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,7 @@ class AttentionPart:
         """What to keep in the forward pass."""
         return [tap for tap in (self.z, self.pattern, self.scale, self.shown) if tap is not None]
 
-    def frozen(self, kept: Shown, n: int) -> FrozenAttention:
+    def frozen(self, kept: Kept, n: int) -> FrozenAttention:
         """The layer at its value for the first n positions."""
         return FrozenAttention(
             self.out,
@@ -65,7 +62,7 @@ class MLPPart:
         """What to keep in the forward pass."""
         return [] if self.scale is None else [self.scale]
 
-    def frozen(self, kept: Shown, n: int, rule: Rule) -> FrozenMLP:
+    def frozen(self, kept: Kept, n: int, rule: Rule) -> FrozenMLP:
         """The MLP at its value for the first n positions."""
         scale = None if self.scale is None else kept[self.scale][:, :n]
         return FrozenMLP(self.out, self.way_in, scale, rule)
@@ -84,7 +81,7 @@ class ExpertsPart:
         """What to keep in the forward pass."""
         return [self.choice] if self.scale is None else [self.choice, self.scale]
 
-    def frozen(self, kept: Shown, n: int, rule: Rule) -> FrozenExperts:
+    def frozen(self, kept: Kept, n: int, rule: Rule) -> FrozenExperts:
         """The mixture at its value for the first n positions."""
         scale = None if self.scale is None else kept[self.scale][:, :n]
         chosen, weights = kept[self.choice][:, :n].unbind(2)
