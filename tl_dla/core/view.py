@@ -28,6 +28,8 @@ class Shown(Protocol):
     @property
     def layers(self) -> list[int | None]: ...  # noqa: D102
     @property
+    def sources(self) -> list[int | None]: ...  # noqa: D102
+    @property
     def unit(self) -> str: ...  # noqa: D102
     @property
     def logit(self) -> Float[Tensor, "..."]: ...  # noqa: D102
@@ -78,7 +80,7 @@ def view_of(result: Shown, prompt: int | None = None, candidate: str | int | Non
     return View(
         values=values[:, at[0], at[1]],
         logit=logit[at],
-        labels=list(result.labels),
+        labels=_labels(result, {b for b, _ in places}),
         kinds=list(result.kinds),
         layers=list(result.layers),
         unit=result.unit,
@@ -87,6 +89,16 @@ def view_of(result: Shown, prompt: int | None = None, candidate: str | int | Non
         words=_words(result),
         writers=_writers(result.query.model) if result.unit == "layer" else {},
     )
+
+
+def _labels(result: Shown, prompts: set[int]) -> list[str]:
+    """The rows' names; for rows of tokens with their text, where one prompt is shown."""
+    if result.unit != "input" or len(prompts) != 1 or not result.query.has_tokens:
+        return list(result.labels)
+    tokens = prompt_tokens(result, *prompts)
+    own = [None if s is None or s >= len(tokens) else tokens[s] for s in result.sources]
+    named = zip(result.labels, own, strict=True)
+    return [label if token is None else f"{label} {token!r}" for label, token in named]
 
 
 def _prompt(result: Shown, prompt: int) -> int:
