@@ -17,7 +17,7 @@ See `tl_dla.core.way_back` for each line through the origin, with references.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -32,6 +32,7 @@ from tl_dla.core.rounding import Sizes, rounding
 from tl_dla.core.rows import RowGroup, RowKey, Rows
 from tl_dla.core.run import CAUSE, Run, run
 from tl_dla.core.taps import exact
+from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.core.way_back import Rule
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.caches import read_cache, read_cached_prompts
@@ -43,6 +44,8 @@ from tl_dla.inputs.tokens import Input, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Kind
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 _MOST_CANDIDATES = 1024
 _CAUSE = (
     CAUSE
@@ -78,6 +81,59 @@ class InputAttribution(Attribution):
             self.held, "point batch pos candidate source -> point source batch pos candidate"
         )
         return self.query.shaped(by_source).movedim(1, -1)
+
+    @property
+    def points(self) -> list[str]:
+        """Where `flow` reads the stream: `0_pre`, `1_pre`, …, `final_post`."""
+        return list(self.reconstruction.parts)
+
+    def plot_flow(
+        self,
+        *,
+        prompt: int = 0,
+        position: int = -1,
+        candidate: str | int = 0,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """The answer on its way: how much of the logit each token's place holds, layer by layer.
+
+        Args:
+            prompt: of a batch.
+            position: which of the attributed positions, an index into them.
+            candidate: which candidate token, by its text or its index.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels; as high as what is drawn by default.
+
+        Raises:
+            ArgumentError: for a prompt, position or candidate that the result does not have, or a
+                position that the prompt does not have.
+        """
+        from tl_dla.figures.charts import Look
+        from tl_dla.figures.flow import FlowView, flow
+
+        b, p, c = (index or 0 for index in self.places(prompt, position, candidate))
+        if not self.has_tokens:
+            raise ArgumentError(
+                "The flow is drawn over the prompt's tokens, and the cache came without them: pass"
+                " the prompts as `input` beside it."
+            )
+        if not bool(self.positions.valid[b, p]):
+            raise ArgumentError(f"Prompt {b} has no position {position} of those attributed.")
+        view, at = view_of(self, b), int(self.positions.index[b, p])
+        sample = next(i for i, s in enumerate(view.samples) if s.position == at)
+        held = self.held[:, b, p, c, : at + 1].detach().cpu().double().numpy()
+        shown = FlowView(
+            held=held,
+            after=view.logit[sample, c] - held.sum(1),
+            points=self.points,
+            tokens=prompt_tokens(self, b)[: at + 1],
+            sample=view.samples[sample],
+            words=view.words,
+        )
+        return flow(shown, Look(title, width, height))
 
 
 def attribute_inputs(
