@@ -286,14 +286,23 @@ def test_a_result_that_another_run_does_not_give_again():
 
 
 @of_4
-def test_shown_as_text(result):
+def test_shown_as_text(result, tmp_path, monkeypatch):
     heads = top_heads_with_patterns(result, 2)
     head = heads[0]
-    assert repr(head).startswith(f"{head.label} {float(head.value.mean()):+.4f}, {head.kind}")
+    assert repr(head).startswith(f"{head.label} {float(head.value.mean()):+.4f}, {head.query_kind}")
     summary = heads.summary()
     assert summary["head"].tolist() == [head.label for head in heads]
     page = heads._repr_html_()
     assert page.count("id=&quot;circuitsvis&quot;") == 1 and head.label in page
+    view = heads.show()
+    assert view.groups == [("Top 2 positive", 2), ("Top 2 negative", 2)]
+    for text in (page, view.page()):
+        assert text.index("Top 2 positive") < text.index("Top 2 negative")
+    assert view.save(tmp_path / "heads.html").read_text("utf-8") == view.page()
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert opened == [] and view.open().as_uri() == opened[0]
+    assert head.show().groups == []
 
 
 EVIL = ["<img/src=x/onerror=window.hacked=1>", "<script>window.hacked=2</script>", " <b>b</b>",

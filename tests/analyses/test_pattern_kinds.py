@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tl_dla.analyses import pattern_kinds as patterns
-from tl_dla.analyses.pattern_kinds import expected_keys, is_punctuation, kind, pool, scores
+from tl_dla.analyses.pattern_kinds import (
+    column,
+    expected_keys,
+    is_punctuation,
+    kind,
+    pool,
+    scores,
+)
 
 #         0    1    2    3    4    5    6    7
 TOKENS = ["b", "x", "y", ".", "z", "x", "y", "w"]
@@ -30,6 +37,7 @@ INDUCTION = one_hot([0, 0, 0, 0, 0, 2, 3, 0])
 FIRST = one_hot([0] * N)
 MARKS = one_hot([0, 0, 0, 0, 3, 3, 3, 3])
 SELF = torch.eye(N)
+COLUMN = one_hot([0, 1, 2, 2, 2, 2, 2, 2])  # five of the six queries from 2 on, and itself
 
 
 def of(pattern, ids=IDS, tokens=TOKENS):
@@ -45,6 +53,7 @@ def of(pattern, ids=IDS, tokens=TOKENS):
         (INDUCTION, "induction"),
         (FIRST, "first token"),
         (MARKS, "punctuation"),
+        (COLUMN, "column"),
         (EVEN, "uniform"),
     ],
 )
@@ -76,11 +85,41 @@ def test_scores_counted_by_hand():
     assert named == "other"
 
 
+def test_a_column_is_of_the_token_that_most_later_tokens_read():
+    assert column(COLUMN) == 2 and column(0.6 * COLUMN + 0.4 * FIRST) == 2
+    # Half of it goes elsewhere: the stripe is there, but is not what the head is.
+    score, named = of(0.45 * COLUMN + 0.55 * SELF)
+    assert math.isnan(score["column"]) and named == "other"
+    assert of(0.75 * COLUMN + 0.25 * SELF)[0]["column"] == pytest.approx(0.75)
+    # Of the keys that four queries see after them, 3 is the last.
+    late = one_hot([0, 0, 0, 0, 0, 4, 4, 4])
+    assert column(late) != 4 and of(late)[1] != "column"
+    assert column(torch.eye(5)) is None and math.isnan(of(torch.eye(2), IDS[:2], "ab")[0]["column"])
+
+
+def test_queries_are_judged_alone_where_they_are_named():
+    """Over the prompt these heads rest on the first token; two queries do what they are for."""
+    mask = torch.zeros(N, dtype=torch.bool)
+    mask[5] = True
+    for pattern, name in [(DUPLICATE, "duplicate token"), (INDUCTION, "induction")]:
+        resting = 0.1 * pattern + 0.9 * FIRST
+        resting[5] = pattern[5]
+        assert of(resting)[1] == "first token"
+        pooled = pool(resting, IDS, TOKENS, mask)
+        assert kind(pooled) == name and scores(pooled)[name] == 1.0
+        assert all(sums.queries <= 1 for sums in pooled.values())
+    column_at = pool(COLUMN, IDS, TOKENS, mask.roll(2))
+    assert kind(column_at) == "column"  # which token that is, all queries tell
+    every = pool(DUPLICATE, IDS, TOKENS)
+    assert pool(DUPLICATE, IDS, TOKENS, torch.ones(N, dtype=torch.bool)) == every
+
+
 def test_even_attention_is_chance_for_every_other_kind():
     pooled = pool(EVEN, IDS, TOKENS)
     for name, sums in pooled.items():
-        if name != "uniform":
+        if name not in ("uniform", "column"):  # and no token is a column
             assert sums.excess == pytest.approx(0.0, abs=1e-6)
+    assert not pooled["column"].queries
     assert kind(pooled) == "uniform"
 
 

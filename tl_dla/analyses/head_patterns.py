@@ -9,20 +9,30 @@ Each term is a source token's *contribution*, in logits: the rows of `unit="sour
 to the head's. The attention says where a head looks, the contribution what that did to the logit: a
 token that is read the most may move nothing.
 
-The terms come from one more run of the result's prompts, which must give the rows of the result
-again. Kinds of pattern: `pattern_kinds.py`. Pictures: `tl_dla.figures.attention_view`, whose script
-a page holds once.
+The terms come from a cache of the result's prompts, or else from one more run of them, which must
+give the rows of the result again. Kinds of pattern: `pattern_kinds.py`; a head that does one thing
+at the attributed token may do another over the prompt, so that both are told. Pictures:
+`tl_dla.figures.attention_view`, whose script a page holds once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.analyses.pattern_kinds import PatternKind, Pooled, kind, pool, scores
+from tl_dla.analyses.pattern_kinds import (
+    KindOrOther,
+    PatternKind,
+    Pooled,
+    column,
+    kind,
+    pool,
+    scores,
+)
+from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.result import Attribution, require_heads
 from tl_dla.core.run import CAUSE, again
 from tl_dla.core.taps import Tap
@@ -51,8 +61,13 @@ class HeadPattern:
         contributions: what it moved from each source token to the attributed position, in logits;
             they add up to `value`. NaN where a prompt has no such position.
         tokens: each prompt's tokens as text, `[batch][key]`.
-        scores: how much the pattern is of each kind, 0 to 1, over all prompts (`pattern_kinds.py`).
+        scores: how much the pattern is of each kind, 0 to 1, over all tokens of all prompts
+            (`pattern_kinds.py`).
         kind: the kind that it is, or `"other"`.
+        query_scores: the same of the attributed tokens alone: what the row is made by.
+        query_kind: the kind that it is there.
+        columns: of each prompt, the position that most tokens after it read; None where none is
+            (see `column`).
     """
 
     label: str
@@ -63,7 +78,10 @@ class HeadPattern:
     contributions: Float[Tensor, "*batch_and_pos key"]
     tokens: list[list[str]]
     scores: dict[PatternKind, float]
-    kind: PatternKind | Literal["other"]
+    kind: KindOrOther
+    query_scores: dict[PatternKind, float]
+    query_kind: KindOrOther
+    columns: list[int | None]
     positions: Positions = field(repr=False)
 
     @property
@@ -96,8 +114,9 @@ class HeadPattern:
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: a line per prompt × attributed position × source token.
 
-        Columns: `label`, `kind`, `prompt`, `position` (attributed), `source` (position), `token`
-        (the source's), `attention`, `contribution`, and `value`, the head's row.
+        Columns: `label`, `kind`, `query_kind`, `prompt`, `position` (attributed), `source`
+        (position), `token` (the source's), `attention`, `contribution`, and `value`, the head's
+        row.
         """
         import pandas as pd
 
@@ -110,6 +129,7 @@ class HeadPattern:
                     {
                         "label": self.label,
                         "kind": self.kind,
+                        "query_kind": self.query_kind,
                         "prompt": b,
                         "position": int(self.positions.index[b, p]),
                         "source": range(n),
@@ -137,12 +157,23 @@ class HeadPattern:
     def __repr__(self) -> str:
         """The value, the kind and what is read most."""
         value = float(self.value.nanmean())
-        named = "" if self.kind == "other" else f" {self.scores[self.kind]:.2f}"
         read = ", ".join(
             f"{token!r} ({attention:.0%}, {moved:+.3f})"
             for token, _, attention, moved in self.reads(3)
         )
-        return f"{self.label} {value:+.4f}, {self.kind}{named}; reads {read}"
+        here, over = self.described()
+        return f"{self.label} {value:+.4f}, {here} (over all tokens {over}); reads {read}"
+
+    def described(self) -> tuple[str, str]:
+        """The kind at the attributed tokens, and over all tokens, each with its score."""
+        names = {self.tokens[b][key] for b, key in enumerate(self.columns) if key is not None}
+        which = f" {next(iter(names))!r}" if len(names) == 1 else ""
+
+        def words(name: KindOrOther, score: dict[PatternKind, float]) -> str:
+            token = which if name == "column" else ""
+            return name if name == "other" else f"{name}{token} {score[name]:.2f}"
+
+        return words(self.query_kind, self.query_scores), words(self.kind, self.scores)
 
 
 class HeadPatterns(list[HeadPattern]):
@@ -154,8 +185,22 @@ class HeadPatterns(list[HeadPattern]):
 
         return pd.concat([head.to_dataframe() for head in self], ignore_index=True)
 
+    @property
+    def signs(self) -> list[tuple[str, "HeadPatterns"]]:
+        """The heads that raise the logit and those that lower it, each under its heading."""
+        positive = [head for head in self if float(head.value.nanmean()) >= 0]
+        negative = [head for head in self if head not in positive]
+        return [
+            (f"Top {len(heads)} {sign}", HeadPatterns(heads))
+            for sign, heads in (("positive", positive), ("negative", negative))
+            if heads
+        ]
+
     def show(self, view: AttentionStyle = "patterns", *, prompt: int = 0) -> AttentionView:
-        """All patterns on one prompt; see `HeadPattern.show`."""
+        """All patterns on one prompt, under "Top k positive" and "Top k negative".
+
+        See `HeadPattern.show`; `save(path)` and `open()` of what comes back put it into a page.
+        """
         if not self:
             raise ArgumentError("There is no head to show.")
         n_prompts = len(self[0].tokens)
@@ -163,24 +208,27 @@ class HeadPatterns(list[HeadPattern]):
             raise ArgumentError(f"prompt must be one of {n_prompts}; {prompt} was given.")
         tokens = self[0].tokens[prompt]
         n = len(tokens)
-        attention = torch.stack([head.pattern[prompt, :n, :n].cpu() for head in self])
-        return AttentionView(tokens, attention, [head.label for head in self], view)
+        heads = [head for _, some in self.signs for head in some]
+        attention = torch.stack([head.pattern[prompt, :n, :n].cpu() for head in heads])
+        groups = [(heading, len(some)) for heading, some in self.signs] if len(self) > 1 else []
+        labels, height = [head.label for head in heads], 440 * max(1, len(groups)) + 80
+        return AttentionView(tokens, attention, labels, view, groups, height)
 
     def summary(self, prompt: int = 0) -> "pd.DataFrame":
-        """A line per head: its value (mean over prompts and positions), kind, what it reads."""
+        """A line per head: its value (mean over prompts and positions), kinds, what it reads."""
         import pandas as pd
 
         lines = []
         for head in self:
-            named = "" if head.kind == "other" else f" ({head.scores[head.kind]:.2f})"
             read = [
                 f"{token!r} {attention:.0%} → {moved:+.3f}"
                 for token, _, attention, moved in head.reads(3, prompt=prompt)
             ]
             value = f"{float(head.value.nanmean()):+.3f}"
-            lines.append((head.label, value, f"{head.kind}{named}", ", ".join(read)))
+            lines.append((head.label, value, *head.described(), ", ".join(read)))
         reads = f"reads most (attention → contribution, in logits), prompt {prompt}"
-        return pd.DataFrame(lines, columns=["head", "logits", "kind of pattern", reads])
+        columns = ["head", "logits", "kind at the attributed token", "over all tokens", reads]
+        return pd.DataFrame(lines, columns=columns)
 
     def _repr_html_(self) -> str:
         if not self:
@@ -188,15 +236,21 @@ class HeadPatterns(list[HeadPattern]):
         return self.summary().to_html(index=False, border=0) + self.show()._repr_html_()
 
 
-def top_heads_with_patterns(result: Attribution, k: int = 3) -> HeadPatterns:
+def top_heads_with_patterns(
+    result: Attribution, k: int = 3, *, heads: str | Sequence[str] | None = None, cache: Any = None
+) -> HeadPatterns:
     """The k most positive and the k most negative heads, with their attention.
 
-    Runs the result's prompts once more, keeping the attention of the chosen heads' layers only.
+    Reads a cache where one is given, and the model does not run; else runs the result's prompts
+    once more, keeping the attention of the chosen heads' layers only.
 
     Args:
         result: of `direct_logit_attribution(…, unit="head")`.
         k: how many of each; fewer where fewer heads are positive, or negative. They are ranked by
             their mean over prompts and positions.
+        heads: these heads, such as `["L9H9"]`, in place of the largest.
+        cache: an `ActivationCache` of the result's prompts, laid out as they are in the result;
+            one with the hooks of `required_hooks(model, "source")` holds what is needed.
 
     Returns:
         A list of `HeadPattern`: the positive heads, the largest first, then the negative ones, the
@@ -205,8 +259,10 @@ def top_heads_with_patterns(result: Attribution, k: int = 3) -> HeadPatterns:
     Raises:
         UnsupportedModelError: for a result without head rows; for a layer that does not show its
             attention pattern or its values, or does something to them that is not understood.
-        ArgumentError: for a k that is larger than the number of heads, a result over candidates,
-            and a result that another run of its prompts does not give again.
+        ArgumentError: for a k that is larger than the number of heads, a head that the result has
+            no row of, a result over candidates, and a result that the cache or another run of its
+            prompts does not give again.
+        IncompleteCacheError: naming the hooks that the cache lacks.
         ReconstructionError: where the source tokens do not add up to a head's row.
 
     Example:
@@ -226,21 +282,27 @@ def top_heads_with_patterns(result: Attribution, k: int = 3) -> HeadPatterns:
     n_heads = result.kinds.count("head")
     if not 1 <= k <= n_heads:
         raise ArgumentError(f"k must be 1 to the {n_heads} heads of the result; {k} was given.")
-    best = result.top(k, kind="head")
-    worst = result.top(k, kind="head", largest=False)
-    chosen = [label for label, value in best if value > 0]
-    chosen += [label for label, value in worst if value < 0]
-    return HeadPatterns(_read(result, chosen))
+    named = [heads] if isinstance(heads, str) else heads
+    ranked = dict(result.top(n_heads, kind="head"))
+    if named is not None:
+        absent = [label for label in named if label not in ranked]
+        if absent or not named:
+            raise ArgumentError(
+                "heads must name head rows of the result, such as"
+                f" {result.top(1, kind='head')[0][0]}; {absent or named!r} was given."
+            )
+        ranked = {label: value for label, value in ranked.items() if label in named}
+        k = len(ranked)
+    positive = [label for label, value in ranked.items() if value > 0 or named and value == 0]
+    negative = [label for label, value in ranked.items() if value < 0]
+    return HeadPatterns(_read(result, [*positive[:k], *negative[: -k - 1 : -1]], cache))
 
 
-def _read(result: Attribution, labels: Sequence[str]) -> list[HeadPattern]:
-    """Run the prompts again and take these heads apart."""
+def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPattern]:
+    """Read the cache, or run the prompts again, and take these heads apart."""
     prompts, positions = result.prompts, result.positions
-    tokens, n_keys = prompts.packed, int(prompts.length.max())
-    texts = [
-        token_strings(result.model, ids[:n])
-        for ids, n in zip(tokens, prompts.length.tolist(), strict=True)
-    ]
+    lengths = prompts.length.tolist()
+    tokens, texts = _tokens(result)
     reader = ModelReader(result.model)
     places = {label: place_of_head(reader, label) for label in labels}
     layers = sorted({layer for layer, _ in places.values()})
@@ -249,29 +311,24 @@ def _read(result: Attribution, labels: Sequence[str]) -> list[HeadPattern]:
         for layer in layers
     }
     selection = Selection(layers=tuple(layers), heads=tuple(places.values()))
-    once = again(result, "source", selection, taps=list(whole.values()))
+    once = again(result, "source", selection, taps=list(whole.values()), cache=cache)
     moved = once.result(Attribution).certified("raise", CAUSE)
+    queries = torch.zeros(tokens.shape, dtype=torch.bool, device=positions.index.device)
+    queries.scatter_(1, positions.index, positions.valid)
 
     found = []
     for label, (layer, head) in places.items():
         part = moved.reconstruction.parts[f"the source tokens of {label}"]
-        miss = (part.expected - result[label]).abs()
-        if bool((miss > 2 * part.tolerance).any()):
-            raise ArgumentError(
-                f"Another run of the result's prompts does not give its row {label} again: it was"
-                " made from a cache without its input, or the model was changed since. Attribute"
-                " again with the input."
-            )
-        rows = [
-            moved[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in moved.labels
-        ]
-        rows += [torch.zeros_like(part.expected)] * (n_keys - len(rows))  # no position sees them
+        _require_row(result, label, part, cache)
         pattern = _own(once.kept[whole[layer]][:, head], prompts.length)
-        pooled = [
-            pool(pattern[b, : len(text), : len(text)], tokens[b, : len(text)], text)
-            for b, text in enumerate(texts)
-        ]
-        sums = {name: sum((one[name] for one in pooled), Pooled()) for name in pooled[0]}
+        every, asked = (
+            [
+                pool(pattern[b, :n, :n], tokens[b, :n], texts[b], mask[b, :n])
+                for b, n in enumerate(lengths)
+            ]
+            for mask in (torch.ones_like(queries), queries)
+        )
+        sums, at_queries = _added(every), _added(asked)
         found.append(
             HeadPattern(
                 label=label,
@@ -279,14 +336,55 @@ def _read(result: Attribution, labels: Sequence[str]) -> list[HeadPattern]:
                 head=head,
                 value=result[label],
                 pattern=pattern,
-                contributions=torch.stack(rows, -1),
+                contributions=_moved(moved, label, part.expected, int(prompts.length.max())),
                 tokens=texts,
                 scores=scores(sums),
                 kind=kind(sums),
+                query_scores=scores(at_queries),
+                query_kind=kind(at_queries),
+                columns=[column(pattern[b, :n, :n]) for b, n in enumerate(lengths)],
                 positions=positions,
             )
         )
     return found
+
+
+def _tokens(result: Attribution) -> tuple[Int[Tensor, "batch pos"], list[list[str]]]:
+    """The prompts' tokens, as ids and as text; their positions, where a cache came without them."""
+    tokens, lengths = result.prompts.packed, result.prompts.length.tolist()
+    if not result.has_tokens:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return places.expand_as(tokens), [[str(i) for i in range(n)] for n in lengths]
+    rows = zip(tokens, lengths, strict=True)
+    return tokens, [token_strings(result.model, ids[:n]) for ids, n in rows]
+
+
+def _require_row(result: Attribution, label: str, part: Reconstruction, cache: Any) -> None:
+    """Raise unless the head's row is the result's own."""
+    if not bool(((part.expected - result[label]).abs() > 2 * part.tolerance).any()):
+        return
+    if cache is not None:
+        raise ArgumentError(
+            f"The cache does not give the result's row {label} again: it is of other prompts, or"
+            " the model was changed in between. Attribute from the same cache."
+        )
+    raise ArgumentError(
+        f"Another run of the result's prompts does not give its row {label} again: it was made from"
+        " a cache without its input, or the model was changed since. Attribute again with the"
+        " input."
+    )
+
+
+def _moved(
+    moved: Attribution, label: str, like: Float[Tensor, "*batch_and_pos"], n_keys: int
+) -> Float[Tensor, "*batch_and_pos key"]:
+    """What the head moved from each token; 0 from those that no attributed position sees."""
+    rows = [moved[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in moved.labels]
+    return torch.stack([*rows, *[torch.zeros_like(like)] * (n_keys - len(rows))], -1)
+
+
+def _added(prompts: list[dict[PatternKind, Pooled]]) -> dict[PatternKind, Pooled]:
+    return {name: sum((one[name] for one in prompts), Pooled()) for name in prompts[0]}
 
 
 def _own(

@@ -8,6 +8,7 @@ attention would go:
     duplicate token   an earlier copy of it                   t[key] = t[query], key < query
     first token       the start of the prompt (often a BOS)   key = 0 < query
     punctuation       an earlier mark or line break           0 < key < query
+    column            the one token that most queries read    0 < key < query, key the same for all
 
 The score is the share of attention that goes there, averaged over the queries that have such a key
 at all: 1 where all of it does, NaN where no query has one (a prompt without a repeated token says
@@ -15,6 +16,9 @@ nothing of induction). Times the share of such queries, it is TransformerLens's 
 (`transformer_lens.head_detector`, error measure "mul"). The first three are the heads of Olsson et
 al. 2022 (https://transformer-circuits.pub/2022/in-context-learning-and-induction-heads/index.html),
 there measured on repeated random tokens: on an ordinary prompt they say what the head did here.
+
+A column is of the token, other than the first, that at least four later tokens see and that gets
+most of their attention (a vertical stripe in the picture); NaN where there is none.
 
     uniform           everywhere alike                        1 / keys in sight
 
@@ -35,8 +39,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PatternKind = Literal[
-    "previous token", "induction", "duplicate token", "first token", "punctuation", "uniform"
+    "previous token",
+    "induction",
+    "duplicate token",
+    "first token",
+    "punctuation",
+    "column",
+    "uniform",
 ]
+KindOrOther = PatternKind | Literal["other"]
 
 # A kind is named where its score is at least halfway from what even attention would score by chance
 # on the same prompt to 1. On a long prompt chance is small, and this says that half of the head's
@@ -45,6 +56,7 @@ PatternKind = Literal[
 HALFWAY = 0.5
 # At most a quarter of the attention is laid out otherwise: no other kind then reaches halfway.
 UNIFORM = 0.75
+_MANY = 4  # queries that make a column
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,10 @@ class Pooled:
 
 
 def pool(
-    pattern: Float[Tensor, "query key"], ids: Int[Tensor, " key"], tokens: Sequence[str]
+    pattern: Float[Tensor, "query key"],
+    ids: Int[Tensor, " key"],
+    tokens: Sequence[str],
+    queries: Bool[Tensor, " query"] | None = None,
 ) -> dict[PatternKind, Pooled]:
     """What one prompt says of each kind. Add up over prompts, then `scores` and `kind`.
 
@@ -90,21 +105,47 @@ def pool(
         pattern: attention over the prompt's real tokens, each row summing to at most 1.
         ids: the tokens' ids.
         tokens: the same as text, to tell punctuation.
+        queries: which of them to judge; all by default. Which token is a column is judged by all.
     """
     pattern = pattern.detach().double().cpu()
     sight = _in_sight(pattern)
     even = sight / sight.sum(-1, keepdim=True)
+    judged = torch.ones(len(ids), dtype=torch.bool) if queries is None else queries.cpu()
     found: dict[PatternKind, Pooled] = {}
-    for name, keys in expected_keys(ids.cpu(), tokens).items():
-        keys = keys & sight
-        queries = keys.any(-1)
+    expected = expected_keys(ids.cpu(), tokens)
+    expected["column"] = torch.zeros_like(sight)
+    if (key := column(pattern)) is not None:
+        expected["column"][key + 1 :, key] = True
+    for name, keys in expected.items():
+        keys = keys & sight & judged[:, None]
         found[name] = Pooled(
-            float(pattern[keys].sum()), float(even[keys].sum()), int(queries.sum())
+            float(pattern[keys].sum()), float(even[keys].sum()), int(keys.any(-1).sum())
         )
-    several = sight.sum(-1) > 1
+    several = (sight.sum(-1) > 1) & judged
     overlap = torch.minimum(pattern, even).sum(-1)[several]
     found["uniform"] = Pooled(float(overlap.sum()), 0.0, int(several.sum()))
     return found
+
+
+def column(pattern: Float[Tensor, "query key"]) -> int | None:
+    """The token, other than the first, that gets most of the attention of the tokens after it.
+
+    Halfway from what even attention would give it, and four tokens at least; None where there is
+    no such token.
+    """
+    n = len(pattern)
+    if n < _MANY + 2:
+        return None
+    pattern = pattern.detach().double().cpu()
+    sight = _in_sight(pattern).double()
+    after = torch.arange(n - 1, -1, -1)  # queries after each key
+    means, chance = (
+        x.tril(-1).sum(0)[1 : n - _MANY] / after[1 : n - _MANY]
+        for x in (pattern, sight / sight.sum(-1, keepdim=True))
+    )
+    excess = (means - chance) / (1 - chance)
+    key = int(means.argmax())
+    return 1 + key if float(excess[key]) >= HALFWAY else None
 
 
 def expected_keys(
@@ -132,9 +173,9 @@ def scores(pooled: Mapping[PatternKind, Pooled]) -> dict[PatternKind, float]:
     return {name: sums.score for name, sums in pooled.items()}
 
 
-def kind(pooled: Mapping[PatternKind, Pooled]) -> PatternKind | Literal["other"]:
+def kind(pooled: Mapping[PatternKind, Pooled]) -> KindOrOther:
     """The kind whose score is furthest past its threshold, `"other"` where none is."""
-    past: dict[PatternKind | Literal["other"], float] = {}
+    past: dict[KindOrOther, float] = {}
     for name in get_args(PatternKind):
         threshold = UNIFORM if name == "uniform" else HALFWAY
         margin = (pooled[name].excess - threshold) / (1 - threshold)

@@ -23,7 +23,7 @@ from tl_dla.core.rounding import rerun_tolerance
 from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.caches import check_cache
+from tl_dla.inputs.caches import check_cache, read_cache, require_shape
 from tl_dla.inputs.dictionaries import Dictionaries
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit, with_dictionaries
@@ -170,25 +170,34 @@ def again(
     selection: Selection | None = None,
     *,
     taps: Sequence[Tap] = (),
+    cache: Any = None,
 ) -> Run:
-    """Run a result's question once more, and hold the answer to the result's own.
+    """Ask a result's question once more, and hold the answer to the result's own.
 
     Args:
         result: whose prompts, positions and targets are run.
         unit: the rows of the answer; the result's own by default.
         selection: which rows are split: the result's own for the same unit, else all.
         taps: what else to keep on the way.
+        cache: an `ActivationCache` of the prompts to read in place of running the model; the caller
+            then holds the rows to the result's.
 
     Raises:
         ArgumentError: where the model cannot be run, or no longer gives the result's logit.
+        TokenError: where the cache is of other prompts.
     """
-    require_input(result)
+    if cache is None:
+        require_input(result)
+    else:
+        cache = read_cache(result.model, cache)
+        require_shape(cache, result.prompts)
     same = unit in (None, result.unit)
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
     own: Unit = "component" if result.unit == "input" else result.unit
-    once = run(result.query, unit or own, selection, taps=taps)
-    require_same(result, once.kept, once.readout_norm)
+    once = run(result.query, unit or own, selection, taps=taps, cache=cache)
+    if cache is None:
+        require_same(result, once.kept, once.readout_norm)
     return once
 
 
@@ -375,7 +384,7 @@ def required_hooks(
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
-        unit: as in `direct_logit_attribution`.
+        unit: as in `direct_logit_attribution`; `"source"` also for `top_heads_with_patterns`.
         dictionaries: the same, for `unit="latent"`.
 
     Raises:

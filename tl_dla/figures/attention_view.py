@@ -6,9 +6,13 @@ once a page. In a notebook the page is a frame of fixed height, so that nothing 
 it is drawn again (CircuitsVis issue 61).
 """
 
+import tempfile
+import webbrowser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from os import PathLike
+from pathlib import Path
 from typing import Literal, get_args
 
 from jaxtyping import Float
@@ -38,6 +42,8 @@ class AttentionView:
         attention: `[head, dest, src]`, each row a probability distribution over `src`.
         labels: the heads' names.
         style: `"patterns"` shows tokens coloured by attention, `"heads"` a grid of heatmaps.
+        groups: headings, each with how many of the heads, in order, stand under it; none by
+            default.
         height: of the frame in a notebook, in pixels.
 
     Raises:
@@ -54,6 +60,7 @@ class AttentionView:
     attention: Float[Tensor, "head dest src"]
     labels: Sequence[str]
     style: AttentionStyle = "patterns"
+    groups: Sequence[tuple[str, int]] = ()
     height: int = 520
 
     def __post_init__(self) -> None:
@@ -66,8 +73,25 @@ class AttentionView:
                 f" and {expected[1]} tokens; it has shape {list(self.attention.shape)}."
             )
 
+        if self.groups and sum(n for _, n in self.groups) != len(self.labels):
+            raise ArgumentError(
+                f"groups must hold {len(self.labels)} heads; {self.groups!r} do not."
+            )
+
     def element(self, name: str) -> str:
-        """A div of that id with its data, which `drawAttention()` draws."""
+        """A div of that id with its data, which `drawAttention()` draws; one for each group."""
+        if not self.groups:
+            return self._element(name)
+        found, start = [], 0
+        for i, (heading, n) in enumerate(self.groups):
+            part = slice(start, start := start + n)
+            some = replace(
+                self, attention=self.attention[part], labels=self.labels[part], groups=()
+            )
+            found.append(f"<h3>{escape(heading)}</h3>\n{some._element(f'{name}-{i}')}")
+        return "\n".join(found)
+
+    def _element(self, name: str) -> str:
         names = "headLabels" if self.style == "patterns" else "attentionHeadNames"
         rounded = (self.attention.detach().cpu().double() * 1e4).round() / 1e4
         tokens = [token.replace("\n", "↵").replace("\t", "⇥") for token in self.tokens]
@@ -94,6 +118,18 @@ class AttentionView:
             f"<script>{embedded.UNPACK}{DRAW}\n"
             'unpack("circuitsvis").then(drawAttention);</script></body></html>'
         )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the page to a file, which opens with no network; returns its path."""
+        path = Path(path)
+        path.write_text(self.page(), encoding="utf-8")
+        return path
+
+    def open(self) -> Path:
+        """Show the page in the browser, from a temporary file; returns its path."""
+        path = self.save(Path(tempfile.mkdtemp(prefix="tl_dla-")) / "attention.html")
+        webbrowser.open(path.as_uri())
+        return path
 
     def _repr_html_(self) -> str:
         return (

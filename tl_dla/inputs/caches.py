@@ -92,12 +92,18 @@ def read_cached_prompts(
         options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
         input = model.to_tokens(input, **options)  # laid out as TransformerLens laid them out
     prompts = read_prompts(model, input, attention_mask=attention_mask)
-    if tuple(prompts.tokens.shape) != shape:
-        raise TokenError(
-            f"The input has {tuple(prompts.tokens.shape)} tokens [batch, pos], the cache {shape}:"
-            " they are not of the same run."
-        )
+    require_shape(cache, prompts)
     return prompts
+
+
+def require_shape(cache: Any, prompts: Prompts) -> None:
+    """Raise `TokenError` unless the cache is of as many prompts and tokens."""
+    own, shape = tuple(prompts.tokens.shape), cache_shape(cache)
+    if own != shape:
+        raise TokenError(
+            f"The input has {own} tokens [batch, pos], the cache {shape}: they are not of the same"
+            " run."
+        )
 
 
 def check_cache(model: Any, cache: Any, prompts: Prompts) -> list[str]:
