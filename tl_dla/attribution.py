@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
 from tl_dla.core.certificate import Check, require_check
+from tl_dla.core.final_readout import readout_of
 from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution
-from tl_dla.core.run import CAUSE, readout_of, run
+from tl_dla.core.run import CAUSE, run
 from tl_dla.effects.audit import Audit, audit
 from tl_dla.effects.interventions import Group
 from tl_dla.effects.substitutes import Ablation, At

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.final_readout import frozen_readout
 from tl_dla.core.readout import Readout
-from tl_dla.core.run import frozen_readout
 from tl_dla.core.taps import exact
 from tl_dla.core.vectors import CachePlace, ResidualStack, decompose
 from tl_dla.errors import ArgumentError

@@ -17,7 +17,6 @@ from torch import Tensor
 from tl_dla.core.certificate import Wanted
 from tl_dla.core.decomposition import Decomposition, logit_readout, of_query
 from tl_dla.core.mean_logit import Mean, capped_mean
-from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution, Numbers, require_input
 from tl_dla.core.rounding import rerun_tolerance
 from tl_dla.core.rows import Rows
@@ -321,60 +320,6 @@ def _result(run: Run, of: type[Result]) -> Result:
     numbers = Numbers(rows.values, ratio, scale, logits, raw, kept.logits is not None)
     about = (parts.unit, parts.selection, parts.readout.direction.shape[-1])
     return of.of(rows, wanted, numbers, query, about)
-
-
-def readout_of(result: Attribution) -> Readout:
-    """The readout of the final residual stream; see `DirectLogitAttribution.readout`."""
-    if result.path:
-        raise ArgumentError("A path's rows are read out through its head, not from the stream.")
-    if result.targets.candidates is not None:
-        raise ArgumentError("A result over candidates has no single readout.")
-    query, numbers = result.query, result.numbers
-    if query.targets.mean_of_vocab and not is_linear(query.model):
-        parts = again(result, "component").parts
-    else:
-        parts = of_query(query, "component", Selection())
-    return _added_up(query, parts.readout, numbers.ratio, numbers.scale)
-
-
-def frozen_readout(query: Query, cache: Any) -> Readout:
-    """The same from a cache alone, which need hold no more than the end of the stream."""
-    reader = ModelReader(query.model)
-
-    def read(taps: Sequence[Tap]) -> Kept:
-        return recall(reader, cache, query, taps)
-
-    with exact():
-        linear = not query.targets.mean_of_vocab or is_linear(query.model)
-        mean = None if linear else capped_mean(reader, read)
-        parts = of_query(query, "component", Selection(), mean, end_only=True)
-        kept = read(parts.taps)
-        known = parts.scaled(kept, query.positions)
-        total = known.scaled(kept[parts.stream.value[parts.end]], parts.readout)
-        total = total + sum(bias.to(total) for _, bias in parts.constants)
-        ratio = Run(query, parts, kept, mean).ratio_of(total)
-        scale = torch.ones_like(total[..., 0])
-        for norm in parts.readout.norms:
-            scale = scale * known.scales[norm.name].to(scale)
-        return _added_up(query, parts.readout, ratio, scale)
-
-
-def _added_up(
-    query: Query,
-    tokens: Readout,
-    ratio: Float[Tensor, "batch pos token"],
-    scale: Float[Tensor, "batch pos"],
-) -> Readout:
-    """One readout of the logits of several tokens, with the axes that were asked for."""
-    assert query.targets.weights is not None
-    weights = (ratio * query.targets.weights[0].to(ratio))[..., None]
-    direction = (tokens.direction.to(weights) * weights).sum(-2)
-
-    def squeezed(x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "..."]:
-        x = query.positions.squeeze(x)
-        return x if query.has_batch else x.squeeze(0)
-
-    return Readout(squeezed(direction), tokens.norms, squeezed(scale) if tokens.norms else None)
 
 
 def required_hooks(
