@@ -34,7 +34,7 @@ from tl_dla.inputs.selection import Unit, read_selection, require_unit, with_dic
 from tl_dla.inputs.targets import Answers, read_targets, require_answer
 from tl_dla.inputs.tokens import Input, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
-from tl_dla.report.page import write_report
+from tl_dla.report.page import Explorer, Shown, page_of, write_report
 
 
 class DirectLogitAttribution(Attribution):
@@ -104,10 +104,27 @@ class DirectLogitAttribution(Attribution):
         prompt: int = 0,
         k: int | None = None,
         attention: AttentionStyle = "patterns",
+        audit: Audit | None = None,
         command: str | None = None,
     ) -> Path:
         """Write one self-contained HTML page; see `tl_dla.report.page.write_report`."""
-        return write_report(self, path, prompt=prompt, k=k, attention=attention, command=command)
+        return write_report(
+            self, path, prompt=prompt, k=k, attention=attention, audit=audit, command=command
+        )
+
+    def explore(
+        self, *, prompt: int = 0, k: int | None = None, audit: Audit | None = None
+    ) -> Explorer:
+        """The same page in a notebook, in a frame of its own that needs no network.
+
+        Press a head, a row or a token to see what stands behind it.
+
+        Args:
+            prompt: the prompt of a batch whose lens and attention are shown first.
+            k: how many heads of each sign to show with their attention; 3 by default.
+            audit: what intervention says of the rows (`result.audit()`), to be shown beside.
+        """
+        return Explorer(page_of(self, Shown(prompt, k, audit=audit), "result.explore()"))
 
 
 def direct_logit_attribution(

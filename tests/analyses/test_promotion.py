@@ -13,8 +13,10 @@ from tl_dla import (
     token_map,
     unembedding_pca,
 )
+from tl_dla.analyses.promotion import most_moved
 from tl_dla.errors import ArgumentError
 
+CONSTANTS = {"ln_final.b", "b_U"}
 UNITS = ["component", "head", "neuron", "source"]
 
 
@@ -66,6 +68,26 @@ def test_a_component_promotes_what_its_output_says_in_a_plain_model():
         assert values == pytest.approx(logits[prompt, place][order[:4]].tolist(), abs=2e-6)
     assert "1_mlp_out moves the vocabulary" in repr(found)
     assert found.to_dataframe().shape == (8, 5)
+
+
+@pytest.mark.parametrize("name", either("gpt2", "gemma2", "sandwich"))
+def test_all_rows_at_once_promote_what_each_promotes_alone(name):
+    """At two positions, over parts of the vocabulary smaller than what is asked for."""
+    result = attribute(load(name), unit="head", pos=[3, -1])
+    parts = attribute(load(name), pos=[3, -1])
+    every = most_moved(result.query, 4, chunk_size=3)
+    assert len(every) == 2
+    for position, moved in enumerate(every):
+        assert (
+            set(moved) >= {x for x in parts.labels + result.labels if "bias" not in x} - CONSTANTS
+        )
+        for label in ("L0H1", "L2H0", "1_mlp_out", "1_attn_out", "embed"):
+            own = parts if "_" in label or label == "embed" else result
+            alone = own.promoted_tokens(label, 4, position=position)
+            for side, expected in zip(moved[label], (alone.raised, alone.lowered), strict=True):
+                assert [token for token, _ in side] == [token for token, _ in expected]
+                values = [value for _, value in expected]
+                np.testing.assert_allclose([x for _, x in side], values, rtol=1e-4, atol=1e-6)
 
 
 def test_the_vocabulary_is_read_in_chunks():

@@ -18,7 +18,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import embedded
 from tl_dla.figures.attention_view import AttentionView
 from tl_dla.figures.text import number
-from tl_dla.report.page import of_unit
+from tl_dla.report.sections import of_unit
 
 LIMIT = 8_000_000  # bytes
 
@@ -77,7 +77,7 @@ def test_the_header_says_what_where_how_much_and_whether_it_adds_up(tmp_path):
     assert html_of("What wrote the logit of 'mat' − 'cat'") in body
     assert f"logit difference: <b>{number(right - wrong)}</b>" in body
     assert "GPT2LMHeadModel · 3 layers · 5 heads · d_model 20 · float32" in body
-    marked = re.findall(r'<span class="token read" title="position (\d+)">(.*?)</span>', body)
+    marked = re.findall(r'<span class="token read" title="position (\d+)".*?>(.*?)</span>', body)
     assert marked == [("8", "cat")]
     assert '<p class="certificate passed">✓ rows add up to' in body
     assert str(tmp_path.parent) not in body.replace(str(tmp_path), "")
@@ -151,7 +151,7 @@ def test_what_a_user_wrote_is_text(tmp_path):
     assert "alert(1)</script>" not in page
     body = body_of(page)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
-    assert '<span class="token" title="position 8">&lt;/script&gt;&lt;b&gt;</span>' in body
+    assert re.search(r'title="position 8"[^>]*>&lt;/script&gt;&lt;b&gt;</span>', body)
     assert "{{plotly}}</span>" in body and unpacked(page, "plotly")
     assert "<b></span>" not in body and "<!--" not in body.split("</head>")[1]
 
@@ -165,16 +165,19 @@ def test_a_batch_shows_every_prompt_and_the_range(tmp_path):
     assert f"from {number(min(own))} to {number(max(own))}" in body
     assert body.count('<p class="prompt" title="prompt') == 3
     assert re.findall(r'token read" title="position (\d)"', body) == ["8", "5", "2"]
-    assert "Prompt 1." in body
+    assert "Prompt 1, until another is chosen." in body
 
 
 def test_a_card_is_of_the_prompt_shown_with_the_mean_beside_it(tmp_path):
     result = attribute(PROMPTS, ["mat", "on", "sat"], None, unit="head")
     body = body_of(written(result, tmp_path, prompt=1, k=2))
     named = re.findall(r'<h3 id=".*?">(L\dH\d) <span class="value">(.*?)</span> <.*?>(.*?);', body)
-    alone = attribute(PROMPTS[1], "on", None, unit="head")
+    of_prompts = [re.findall(r'data-cards="(\d)"( hidden)?', body)]
+    assert of_prompts == [[("1", ""), ("0", " hidden"), ("2", " hidden")]]
+    alone = [attribute(PROMPTS[b], ["mat", "on", "sat"][b], None, unit="head") for b in (1, 0, 2)]
     assert named == [
-        (label, number(float(alone[label])), f"mean {number(float(result[label].mean()))} over 3")
+        (label, number(float(own[label])), f"mean {number(float(result[label].mean()))} over 3")
+        for own in alone
         for label in (head.label for head in top_heads_with_patterns(result, k=2))
     ]
 

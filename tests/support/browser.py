@@ -93,21 +93,69 @@ class Browser:
         return json.loads(message)
 
     def open(
-        self, path: Path | str, *, width: int = 1100, height: int = 900, dark: bool = False
+        self,
+        path: Path | str,
+        *,
+        address: str = "",
+        width: int = 1100,
+        height: int = 900,
+        dark: bool = False,
     ) -> "Page":
-        """Open a file with the network off, and wait until it has loaded and drawn."""
-        return Page(self, Path(path).resolve().as_uri(), width, height, dark)
+        """Open a file, at an address within it, with the network off; wait until it has loaded."""
+        url = Path(path).resolve().as_uri() + (f"#{address}" if address else "")
+        return Page(self, url, width, height, dark)
+
+    def trace(self, path: Path | str, ready: str) -> "Trace":
+        """Chromium's own trace of a page from its address to where a condition holds."""
+        categories = ["toplevel", "devtools.timeline", "loading", "__metadata"]
+        self.send("Tracing.start", traceConfig={"includedCategories": categories})
+        Page(self, Path(path).resolve().as_uri(), 1100, 900, False, watched=False).wait(ready)
+        self.send("Tracing.end")
+        deadline = time.monotonic() + LIMIT_S
+        while not any(event["method"] == "Tracing.tracingComplete" for event in self.events):
+            self.events.append(self._receive(deadline))
+        found = [e for e in self.events if e["method"] == "Tracing.dataCollected"]
+        return Trace([one for event in found for one in event["params"]["value"]])
+
+
+class Trace:
+    """What the page's main thread did, as Chromium recorded it.
+
+    Attributes:
+        first_paint: seconds of its work until something was painted.
+        longest: seconds of its longest task.
+        total: seconds of all of its tasks.
+    """
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        paint = next(e for e in events if e["name"] == "firstPaint")
+        main = (paint["pid"], paint["tid"])
+        # Of the processor, not of the clock: a machine has other work as well.
+        tasks = [e for e in events if e["name"].endswith("RunTask") and "tdur" in e]
+        own = [e for e in tasks if (e["pid"], e["tid"]) == main]
+        self.longest = max(e["tdur"] for e in own) / 1e6
+        self.total = sum(e["tdur"] for e in own) / 1e6
+        self.first_paint = sum(e["tdur"] for e in own if e["ts"] < paint["ts"]) / 1e6
 
 
 class Page:
     """A tab. Nothing but the file itself may be loaded."""
 
-    def __init__(self, browser: Browser, url: str, width: int, height: int, dark: bool) -> None:
-        self._browser, self._url, self._width = browser, url, width
+    def __init__(
+        self,
+        browser: Browser,
+        url: str,
+        width: int,
+        height: int,
+        dark: bool,
+        watched: bool = True,
+    ) -> None:
+        self._browser, self._url, self._width = browser, url.partition("#")[0], width
         target = browser.send("Target.createTarget", url="about:blank")["targetId"]
         attached = browser.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        # A console that is watched notes where every script comes from, which takes its time.
+        for domain in ("Page", "Network", *(("Runtime", "Log") if watched else ())):
             self.send(f"{domain}.enable")
         offline = dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
         self.send("Network.emulateNetworkConditions", **offline)
@@ -165,6 +213,23 @@ class Page:
         )
         Path(path).write_bytes(base64.b64decode(answer["data"]))
 
+    def press(self, x: float, y: float) -> None:
+        """Press and release the left button at a place of the window."""
+        self.hover(x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            where = dict(x=x, y=y, button="left", clickCount=1)
+            self.send("Input.dispatchMouseEvent", type=kind, **where)
+
+    def frame(self) -> "Frame":
+        """The one frame inside the page, where it has a process of its own."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            for info in self._browser.send("Target.getTargets")["targetInfos"]:
+                if info["type"] == "iframe":
+                    return Frame(self._browser, info["targetId"])
+            time.sleep(0.05)
+        raise TimeoutError("The page has no frame.")
+
     def hover(self, x: float, y: float) -> None:
         """Move the mouse to a place of the window."""
         for step in (-2, -1, 0):
@@ -205,3 +270,14 @@ class Page:
         self.evaluate("1")
         asked = [event["request"]["url"] for event in self._events("Network.requestWillBeSent")]
         return [u for u in asked if u != self._url and not u.startswith(("data:", "blob:"))]
+
+
+class Frame(Page):
+    """An isolated frame of a page."""
+
+    def __init__(self, browser: Browser, target: str) -> None:
+        self._browser, self._url = browser, "about:srcdoc"
+        attached = browser.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")

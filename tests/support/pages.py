@@ -36,21 +36,23 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def hf_model(n_layers: int = 3, n_heads: int = 5, d_head: int = 4) -> tuple[Any, Path]:
+def hf_model(
+    n_layers: int = 3, n_heads: int = 5, d_head: int = 4, n_positions: int = 64
+) -> tuple[Any, Path]:
     """A GPT-2 with random weights, and the folder that holds it and its tokenizer of words."""
     config = transformers.GPT2Config(
         n_layer=n_layers,
         n_head=n_heads,
         n_embd=n_heads * d_head,
         vocab_size=len(WORDS) + 2,
-        n_positions=64,
+        n_positions=n_positions,
         bos_token_id=1,
         eos_token_id=1,
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     perturb(model)
-    folder = Path(_root().name) / f"{n_layers}x{n_heads}"
+    folder = Path(_root().name) / f"{n_layers}x{n_heads}x{n_positions}"
     model.save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "[BOS]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -62,11 +64,11 @@ def hf_model(n_layers: int = 3, n_heads: int = 5, d_head: int = 4) -> tuple[Any,
 
 
 @functools.cache
-def bridge(n_layers: int = 3, n_heads: int = 5, d_head: int = 4) -> Any:
+def bridge(n_layers: int = 3, n_heads: int = 5, d_head: int = 4, n_positions: int = 64) -> Any:
     """The same as a `TransformerBridge`; shared, so treat it as read-only."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    _, folder = hf_model(n_layers, n_heads, d_head)
+    _, folder = hf_model(n_layers, n_heads, d_head, n_positions)
     return TransformerBridge.boot_transformers(str(folder), device="cpu")
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.core.run import require_rerun
@@ -21,6 +21,7 @@ from tl_dla.core.taps import Tap, exact, forward
 from tl_dla.core.vectors import vectors_of
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.positions import Positions
+from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.tokens import token_strings
 from tl_dla.model.hooks import upcast
@@ -98,6 +99,81 @@ def promoted_tokens(
     return PromotedTokens(label, effect, _top(result, effect, k, 1), _top(result, effect, k, -1))
 
 
+Moved = list[tuple[str, float]]
+
+
+def most_moved(
+    query: Query, k: int, *, chunk_size: int = 16384
+) -> list[dict[str, tuple[Moved, Moved]]]:
+    """The same of every component and head at once, raised and lowered, for each position.
+
+    Args:
+        query: about one prompt; its targets do not matter.
+        k: how many tokens of each.
+        chunk_size: how many tokens of the vocabulary are read at a time.
+    """
+    reader = ModelReader(query.model)
+    units: list[Unit] = ["component", "head"]
+    if not any(reader.attention(layer) for layer in range(reader.n_layers)):
+        units.remove("head")
+    found: list[dict[str, tuple[Moved, Moved]]] = [{} for _ in query.positions.index[0]]
+    with exact():
+        for unit in units:
+            keys, wrote, total = _read_out(query, vectors_of(reader, unit))
+            for p, moved in enumerate(found):
+                tokens, effects = _extremes(query, wrote[:, 0, p], total[0, p], (k, chunk_size))
+                names = iter(token_strings(query.model, tokens.flatten()))
+                for key, values in zip(keys, effects.tolist(), strict=True):
+                    own = [(next(names), value) for value in values]
+                    moved[key.label] = own[: len(own) // 2], own[len(own) // 2 :]
+    return found
+
+
+def _extremes(
+    query: Query,
+    wrote: Float[Tensor, "row d"],
+    total: Float[Tensor, " d"],
+    size: tuple[int, int],
+) -> tuple[Int[Tensor, "row k"], Float[Tensor, "row k"]]:
+    """The tokens that each vector raises most, then those that it lowers most; their effects."""
+    k, chunk_size = size
+    sides: list[tuple[Tensor, Tensor]] = []
+    for chunk in Unembedding(query.model, ModelReader(query.model).stream(), chunk_size).chunks():
+        effect = (wrote @ chunk.columns) * chunk.ratio(total)
+        for side, sign in enumerate((1, -1)):
+            top = (sign * effect).topk(min(k, effect.shape[1]))
+            values, ids = top.values, top.indices + chunk.part.start
+            if len(sides) == 2:
+                values = torch.cat([sides[side][0], values], 1)
+                ids = torch.cat([sides[side][1], ids], 1)
+                values, order = values.topk(min(k, values.shape[1]))
+                ids = ids.gather(1, order)
+                sides[side] = values, ids
+            else:
+                sides.append((values, ids))
+    (raised, up), (lowered, down) = sides
+    return torch.cat([up, down], 1), torch.cat([raised, -lowered], 1)
+
+
+def _read_out(
+    query: Query, parts: Decomposition
+) -> tuple[list[RowKey], Float[Tensor, "row batch pos d"], Float[Tensor, "batch pos d"]]:
+    """What each row, and all of them, give to the unembedding."""
+    stream, taps = parts.reader.stream(), parts.taps
+    norm = stream.norm
+    if norm is not None:
+        taps = [*taps, Tap(norm.site, lambda x: norm.scale(upcast(x)))]
+    kept = forward(query, taps, logits=False)
+    rows = parts.rows(kept, query.positions)
+    wrote, total = rows.values, rows.total
+    if norm is not None:
+        scale = kept[taps[-1]]
+        wrote, total = norm.through(wrote, scale), norm.forward(total, scale)
+    if stream.project_out is not None:
+        wrote, total = (x @ stream.project_out.to(x).mT for x in (wrote, total))
+    return rows.keys, wrote, total
+
+
 def _top(
     result: Attribution, effect: Float[Tensor, " d_vocab"], k: int, sign: int
 ) -> list[tuple[str, float]]:
@@ -119,24 +195,14 @@ def _vectors(
     result: Attribution, key: RowKey, row: int, place: Int[Tensor, "1 1"]
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """What the row, and all of them, give to the unembedding at one position of one prompt."""
-    reader = ModelReader(result.model)
-    stream, parts = reader.stream(), vectors_of(reader, *_unit(result, key))
+    parts = vectors_of(ModelReader(result.model), *_unit(result, key))
     positions = Positions(place, torch.ones_like(place).bool(), True, False)
     query = replace(result.query.part(slice(row, row + 1)), positions=positions)
-    norm, taps = stream.norm, parts.taps
-    if norm is not None:
-        taps = [*taps, Tap(norm.site, lambda x: norm.scale(upcast(x)))]
-    kept = forward(query, taps, logits=False)
-    rows = parts.rows(kept, positions)
-    found = dict(zip(rows.keys, rows.values, strict=True))
-    wrote, total = found.get(key, torch.zeros_like(rows.total)), rows.total
-    if norm is not None:
-        scale = kept[taps[-1]]
-        wrote, total = norm.through(wrote, scale), norm.forward(total, scale)
-        if key == LN_FINAL_B and norm.beta is not None:
-            wrote = norm.beta.to(total).expand_as(total)
-    if stream.project_out is not None:
-        wrote, total = (x @ stream.project_out.to(x).mT for x in (wrote, total))
+    keys, vectors, total = _read_out(query, parts)
+    found = dict(zip(keys, vectors, strict=True))
+    wrote, norm = found.get(key, torch.zeros_like(total)), parts.reader.stream().norm
+    if norm is not None and key == LN_FINAL_B and norm.beta is not None:
+        wrote = norm.beta.to(total).expand_as(total)
     return wrote[0, 0], total[0, 0]
 
 

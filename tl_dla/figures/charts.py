@@ -196,6 +196,19 @@ def ledger_axis(labels: Sequence[str]) -> dict[str, Any]:
     )
 
 
+Mark = tuple[str, str, float, float, float, float]
+
+
+def marks_of_rows(labels: Sequence[str], axis: str = "y") -> dict[str, Mark]:
+    """Where each row stands, for a page that marks it: xref, yref, x0, x1, y0, y1."""
+    return {label: ("paper", axis, 0.0, 1.0, i - 0.5, i + 0.5) for i, label in enumerate(labels)}
+
+
+def marks_of_columns(positions: Sequence[int]) -> dict[str, Mark]:
+    """The same of each column that is a position, `@5`."""
+    return {f"@{at}": ("x", "paper", i - 0.5, i + 0.5, 0.0, 1.0) for i, at in enumerate(positions)}
+
+
 def dots(
     labels: Sequence[str],
     values: Float[np.ndarray, "row sample"],
@@ -247,6 +260,7 @@ class Grid:
         cells: the text in each cell, shown where it fits.
         detail: what hover shows as `%{customdata}`.
         hover: plotly's template for it, with `%{y}` the row and `%{x}` the column.
+        positions: the columns' positions in a prompt, where they have some.
 
     Raises:
         ArgumentError: where there is not one name for each row and column.
@@ -259,6 +273,7 @@ class Grid:
     cells: Sequence[Sequence[str]]
     detail: Shaped[np.ndarray, "row column"]
     hover: str
+    positions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _aligned(self.rows, values=self.values, cells=self.cells)
@@ -365,6 +380,10 @@ def table(
     bar = dict(lenmode="pixels", len=min(220, height * n_rows), y=1, yanchor="top")
     fig.update_layout(
         coloraxis=colours.axis(grid.values, **bar),
-        meta=dict(scale=colours.scale, least=(look.width if worded else 330)),
+        meta=dict(
+            scale=colours.scale,
+            least=(look.width if worded else 330),
+            marks=marks_of_rows(grid.rows) | marks_of_columns(grid.positions),
+        ),
     )
     return styled(fig, heading, look, Sizes(height * n_rows, 44 if level else 84, 20))

@@ -1,24 +1,31 @@
 """What a page that loads nothing carries in itself: libraries, packed, and data, escaped.
 
 A library is a script element of base64 gzip that the browser unpacks (a third of its size:
-`DecompressionStream`, in every browser since 2023). `UNPACK` is the function that does it.
+`DecompressionStream`, in every browser since 2023). `UNPACK` holds the functions
+that do it: `unpacked(name)` gives the text, `unpack(name)` runs it.
 """
 
 import base64
 import gzip
 import json
 from functools import cache
+from html import escape
 from importlib.resources import files
 from typing import Any
 
 UNPACK = """
-async function unpack(name) {
+async function unpacked(name) {
   const packed = atob(document.getElementById(name).textContent);
-  const bytes = Uint8Array.from(packed, letter => letter.charCodeAt(0));
+  const bytes = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+async function unpack(name) {
   const script = document.createElement("script");
-  script.textContent = await new Response(stream).text();
-  document.head.append(script);
+  script.src = URL.createObjectURL(new Blob([await unpacked(name)], {type: "text/javascript"}));
+  await new Promise(done => { script.onload = done; document.head.append(script); });
+  URL.revokeObjectURL(script.src);
 }"""
 
 
@@ -38,7 +45,7 @@ def circuitsvis() -> str:
 
 
 def packed(name: str, script: str) -> str:
-    """A script as an element that `unpack(name)` runs, without its source map's address."""
+    """A script as an element for `unpack(name)`, without its source map's address."""
     lines = [line for line in script.splitlines() if not line.startswith("//# sourceMappingURL")]
     data = base64.b64encode(gzip.compress("\n".join(lines).encode(), mtime=0)).decode()
     return f'<script type="text/plain" id="{name}">{data}</script>'
@@ -47,3 +54,11 @@ def packed(name: str, script: str) -> str:
 def as_json(value: Any) -> str:
     """JSON that can stand inside a script element, whatever text it holds."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def frame(page: str, title: str, height: int) -> str:
+    """A whole page inside a notebook's: it runs its scripts, and reaches nothing around it."""
+    return (
+        f'<iframe srcdoc="{escape(page)}" width="100%" height="{height}" sandbox="allow-scripts'
+        f' allow-downloads allow-modals" style="border:0" title="{escape(title)}"></iframe>'
+    )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -61,9 +61,12 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
             grid, x=1.01, y=1, yanchor="top", lenmode="pixels", len=min(220, pixels)
         )
         | dict(showscale=not look.narrow),  # signs are red and blue, values in the hover
-        meta=dict(scale="diverging", least=520),
         barmode="overlay",
     )
+    marks = {
+        label: ("x", "y", at.head - 0.5, at.head + 0.5, at.layer - 0.5, at.layer + 0.5)
+        for label, at in _places(view.labels).items()
+    }
     width = (1 - split) / max(1, len(beside))
     for i, (column, rows) in enumerate(beside.items()):
         left = split + i * width
@@ -72,30 +75,47 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
         fig.update_layout({f"xaxis{i + 2}": side | dict(nticks=ticks, side="bottom")})
         fig.add_annotation(_heading(column, left + 0.015, look))
         places = [view.layers[row] or 0 for row in rows]
+        for row, layer in zip(rows, places, strict=True):
+            side_of = (f"x{i + 2} domain", "y", 0.0, 1.0, layer - 0.5, layer + 0.5)
+            marks[view.labels[row]] = side_of
         for trace in bars(Bars.of(view, rows), view.names, places=places, xaxis=f"x{i + 2}"):
             fig.add_trace(trace)
     for one, height, end in zip(ledgers, heights[1:], ends[1:], strict=False):
         _add_ledger(fig, one, view, look, (max(0.0, float(end) - height / body), float(end)))
+        marks = charts.marks_of_rows(one.rows.labels, f"y{one.axis}") | marks
+    fig.update_layout(meta=dict(scale="diverging", least=520, marks=marks))
     heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(body, 56 if look.narrow else 46))
 
 
 def head_grid(view: View, values: Float[np.ndarray, " row"]) -> Float[np.ndarray, "layer head"]:
     """Head rows by layer and head; NaN where a layer has no such head."""
-    places = [
-        (row, int(match[1]), int(match[2]))
-        for row, label in enumerate(view.labels)
-        if (match := re.fullmatch(r"L(\d+)H(\d+)", label))
-    ]
+    places = _places(view.labels)
     if not places:
         raise ArgumentError(
             f'A unit="{view.unit}" result has no head rows to draw: attribute with unit="head".'
         )
-    rows, layers, heads = np.array(places).T
+    rows, layers, heads = np.array([tuple(at) for at in places.values()]).T
     n_layers = 1 + max(layer for layer in view.layers if layer is not None)
     grid = np.full((n_layers, heads.max() + 1), np.nan)
     grid[layers, heads] = values[rows]
     return grid
+
+
+class _Cell(NamedTuple):
+    """A head's row, and its place on the map."""
+
+    row: int
+    layer: int
+    head: int
+
+
+def _places(labels: Sequence[str]) -> dict[str, _Cell]:
+    return {
+        label: _Cell(row, int(match[1]), int(match[2]))
+        for row, label in enumerate(labels)
+        if (match := re.fullmatch(r"L(\d+)H(\d+)", label))
+    }
 
 
 def _heatmap(grid: Float[np.ndarray, "layer head"], view: View) -> go.Heatmap:

@@ -82,6 +82,7 @@ def lens_grid(
         cells=[[visible(names[0]) for names in line] for line in view.predictions],
         detail=_details(view),
         hover="<b>%{y}</b> %{x}<br>%{customdata}",
+        positions=view.positions,
     )
     return charts.table(grid, Heading(title, subtitle), look, colours, cell_width=54)
 

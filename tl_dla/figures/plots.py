@@ -11,6 +11,7 @@ logits; `share` is the value over the model's own logit.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -80,6 +81,7 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         fig.data[0].marker.color = [*charts.signs(values.mean(1)), theme.NEUTRAL]
     fig.update_yaxes(charts.ledger_axis(rows.labels))
     fig.update_xaxes(title_text=view.words.units, zeroline=True)
+    fig.update_layout(meta=dict(marks=charts.marks_of_rows(labels)))
     heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(20 * len(rows.labels) + 20))
 
@@ -159,6 +161,7 @@ def positions(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     tokens = [str(s.position) if s.token is None else visible(s.token) for s in view.samples]
     names = [f"{name} ({x:+.4f} logits)" for name, x in zip(view.names, logit, strict=True)]
     grid = _grid(view, values, logit, tokens, names, fold_by=(values, k))
+    grid = replace(grid, positions=[sample.position for sample in view.samples])
     columns = np.sort(np.abs(grid.values).max(0))
     colours = Colours(largest=float(columns[-2]) if len(columns) > 2 else None)
     return charts.table(grid, Heading(*headings("What wrote the logit of", view)), look, colours)

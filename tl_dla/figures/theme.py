@@ -15,6 +15,7 @@ PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", NEU
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK = {"light": "#23272e", "dark": "#dfe3ea"}
 GRID = {"light": "#e7e9ed", "dark": "#2e333b"}
+EDGE = {"light": "#c98a2b", "dark": "#d9a441"}  # of what is chosen
 PAPER = {"light": "#ffffff", "dark": "#16181d"}
 SCALES: dict[str, dict[str, list[str]]] = {
     "diverging": {

@@ -78,6 +78,8 @@ def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
     fig.update_yaxes(title_text=unit, zeroline=True)
     if few:
         _name_ends(fig, readings, named)
+    marks = {name: ("x", "paper", place - 0.5, place + 0.5, 0.0, 1.0) for name, place in at.items()}
+    fig.update_layout(meta=dict(marks=marks))
     heading = Heading(*headings("Reading of the stream for", view))
     legend = 16 if named else 56 if look.narrow else 34
     return charts.styled(fig, heading, look, Sizes(_BODY, legend, 64, right=int(beside)))

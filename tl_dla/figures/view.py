@@ -6,7 +6,7 @@ where means are shown.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +107,12 @@ class View:
     def only(self) -> tuple[Float[np.ndarray, "row sample"], Float[np.ndarray, " sample"]]:
         """Values and logits of the first, and as a rule the one, candidate."""
         return self.values[..., 0], self.logit[..., 0]
+
+    def at(self, position: int) -> "View":
+        """Only the samples at one position of their prompts."""
+        kept = [i for i, sample in enumerate(self.samples) if sample.position == position]
+        samples = [self.samples[i] for i in kept]
+        return replace(self, values=self.values[:, kept], logit=self.logit[kept], samples=samples)
 
     def rows(self, kind: str) -> list[int]:
         """The rows of a kind."""
