@@ -57,7 +57,8 @@ def score_reference(
             inside = "Norm" in type(module).__name__ and not list(module.children())
             if inside and module not in layers_of(model)[layer].children():
                 trace._replace_output(module, partial(_frozen, trace, module))
-        pattern = model(tokens, output_attentions=True).attentions[layer][:, index, query]
+        patterns = [x for x in model(tokens, output_attentions=True).attentions if x is not None]
+        pattern = patterns[_attention_layers(model).index(layer)][:, index, query]
         score = pattern[:, keys[0]].log() - pattern[:, keys[1]].log()
         writes = [write for write in trace.writes if not write.label.startswith("qk")]
         gradients = torch.autograd.grad(
@@ -89,6 +90,12 @@ def score_reference(
     )
     pairs = {label: pair.detach() for label, pair in pairs.items()}
     return ScoreReference(score.detach(), query_rows, key_rows, pairs)
+
+
+def _attention_layers(model: nn.Module) -> list[int]:
+    """The layers that have a pattern; hybrids have others too."""
+    kinds = [[type(m).__name__ for m in layer.children()] for layer in layers_of(model)]
+    return [i for i, names in enumerate(kinds) if any("Attention" in name for name in names)]
 
 
 def _frozen(trace: Trace, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
