@@ -11,7 +11,7 @@ from tl_dla.cli import main
 from tl_dla.cli.arguments import parser
 from tl_dla.inputs.selection import Unit
 
-SUBCOMMANDS = ("attribute", "lens", "report", "check", "dataset", "summarize")
+SUBCOMMANDS = ("attribute", "lens", "scores", "report", "check", "dataset", "summarize")
 
 
 @pytest.mark.parametrize("name", ["", *SUBCOMMANDS])

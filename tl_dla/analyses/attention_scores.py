@@ -67,7 +67,7 @@ def attribute_attention(
     query: Place = -1,
     key: Place,
     versus: Place | None = None,
-    unit: Unit = "component",
+    unit: Unit = "head",
     cache: Any = None,
     check: Check = "raise",
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -84,7 +84,7 @@ def attribute_attention(
             its text where that is once in each prompt.
         key: the token that is looked at, in the same forms.
         versus: the token that is compared with; None for the score of `key` itself.
-        unit: `"component"` or `"head"`: how the writers are split.
+        unit: how the writers are split: `"head"` or `"component"`.
         cache: an `ActivationCache` to read in place of running the model. Rotary positions and
             ALiBi are at no hook, so models with those need the input.
         check: what a failed certificate does.
@@ -106,8 +106,11 @@ def attribute_attention(
         >>> from tl_dla import attribute_attention, load_model
         >>> prompt = "When John and Mary went to the shops, John gave the bag to"
         >>> why = attribute_attention(
-        ...     load_model("demo"), prompt, "L3H0", key=" Mary", versus=2, unit="head"
+        ...     load_model("demo"), prompt, "L3H0", key=" Mary", versus=2
         ... )
+        >>> why.sentence()  # doctest: +NORMALIZE_WHITESPACE
+        "looks at ' Mary' rather than ' John' because of L2H0 in the query and 0_mlp_out in the
+        key"
         >>> why.reconstruction.passed
         True
     """
@@ -249,7 +252,7 @@ class _Score:
             for i, own in enumerate(rows)
         )
         pairs = pairs_of(query, key, streams, form)
-        return AttentionAttribution.of(by_query, by_key, pairs, self.label, self._tokens())
+        return AttentionAttribution.of(by_query, by_key, pairs, self.label, index, self._tokens())
 
     @property
     def label(self) -> str:

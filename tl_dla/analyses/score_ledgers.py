@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
@@ -29,8 +29,8 @@ class AttentionAttribution:
             those of `by_query` and `by_key`, and add up to them.
         reconstruction: the certificate that all three add up to the model's own score.
         head: such as `L3H0`.
-        tokens: each prompt's query, key and, where there is one, versus, as text; positions where
-            the tokens are not known.
+        places: each prompt's query, key and, where there is one, versus.
+        tokens: the same as text; positions where the tokens are not known.
     """
 
     by_query: Attribution
@@ -38,6 +38,7 @@ class AttentionAttribution:
     pairs: Float[Tensor, "query_row key_row *batch"]
     reconstruction: Reconstruction
     head: str
+    places: Int[Tensor, "batch place"]
     tokens: list[tuple[str, ...]]
 
     @property
@@ -51,6 +52,7 @@ class AttentionAttribution:
         by_key: Attribution,
         pairs: Float[Tensor, "query_row key_row batch"],
         head: str,
+        places: Int[Tensor, "batch place"],
         tokens: list[tuple[str, ...]],
     ) -> "AttentionAttribution":
         """Two certified ledgers and their pairs, which are certified here."""
@@ -68,7 +70,7 @@ class AttentionAttribution:
             query.unchecked,
             "pairs, query rows and key rows add up to",
         )
-        return AttentionAttribution(by_query, by_key, table, whole, head, tokens)
+        return AttentionAttribution(by_query, by_key, table, whole, head, places, tokens)
 
     def top(
         self, k: int = 5, *, largest: bool = True, prompt: int | None = None

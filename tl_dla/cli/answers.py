@@ -81,10 +81,10 @@ def attribution_output(
             "token": token,
             **({"candidates": answers} if args.candidates else {"answer": answers[0]}),
             "incorrect": "mean" if result.targets.mean_of_vocab else others,
-            **_rows(result),
+            **rows_of(result),
             "attribution": result.attribution[:, 0].tolist(),
             "logit": result.logit[0].tolist(),
-            "reconstruction": _certificates(result.reconstruction),
+            "reconstruction": certificates(result.reconstruction),
             **({} if audit is None else _audit_record(audit)),
         },
         lambda: _with_audit(result.to_dataframe(), audit),
@@ -125,7 +125,7 @@ def completion_output(
             "prompt": args.prompt,
             "answer": [vars(token) for token in tokens[0]],
             "incorrect": [vars(token) for row in tokens[1:] for token in row],
-            **_rows(steps),
+            **rows_of(steps),
             "attribution": answer.attribution[:, 0].tolist(),
             "logit": float(answer.logit[0]),
             "steps": [
@@ -136,7 +136,7 @@ def completion_output(
                 }
                 for row, some in enumerate(tokens)
             ],
-            "reconstruction": _certificates(steps.reconstruction),
+            "reconstruction": certificates(steps.reconstruction),
         },
         answer.to_dataframe,
         warning=warning,
@@ -185,12 +185,14 @@ def _names(result: DirectLogitAttribution) -> list[str]:
     ]
 
 
-def _rows(result: Attribution) -> dict[str, Any]:
+def rows_of(result: Attribution) -> dict[str, Any]:
+    """What the rows are."""
     names = ("unit", "labels", "kinds", "layers")
     return {name: getattr(result, name) for name in names}
 
 
-def _certificates(whole: Reconstruction) -> dict[str, Any]:
+def certificates(whole: Reconstruction) -> dict[str, Any]:
+    """A certificate and those of its parts."""
     parts = {name: _certificate(part) for name, part in whole.parts.items()}
     return {**_certificate(whole), "parts": parts}
 

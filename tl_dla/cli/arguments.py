@@ -22,6 +22,11 @@ def _switch(help: str) -> dict[str, Any]:
     return {"help": help, "action": "store_true"}
 
 
+def _place(text: str) -> int | str:
+    """A position where it is a number; a token's text otherwise."""
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
 _OWN = "the model's own top prediction without it"
 _UNITS = "component (default), layer, head, neuron, source"
 _MODELS = "demo (default), smollm2, gemma3, a folder, a .gguf file or a hub id"
@@ -62,6 +67,17 @@ _FLAGS: dict[str, dict[str, Any]] = {
     ),
     "--head": _flag(
         "a head to split, for source (default all)", "L9H9", dest="heads", action="append"
+    ),
+    "--query": _flag(
+        "the token that looks: its position (default -1, the last), or its text where it is once in"
+        " the prompt",
+        "TOKEN",
+        type=_place,
+        default=-1,
+    ),
+    "--key": _flag("the token that is looked at, in the same forms", "TOKEN", type=_place),
+    "--versus": _flag(
+        "the token that it is compared with; without it, the score itself", "TOKEN", type=_place
     ),
     "--audit": _switch(
         "also run the model without each of the largest rows, and show what changed"
@@ -125,6 +141,20 @@ _SUBCOMMANDS = {
         {
             "--answer": {"help": "a token to follow"},
             "--top": {"default": 3, "help": "predictions a point (default 3)"},
+        },
+    ),
+    "scores": _Subcommand(
+        "Why a head looks at one token rather than another: who wrote its query and its keys",
+        f"prompt --head --query --key --versus {_MODEL} --unit --top --out --json --csv",
+        f"{_IOI.format('scores')} --head L3H0 --key ' Mary' --versus 2",
+        {
+            "--head": {"help": "the head", "dest": "head", "action": "store", "required": True},
+            "--key": {"required": True},
+            "--unit": {
+                "help": "how the writers are split: head (default), component",
+                "default": "head",
+            },
+            "--top": {"default": 8, "help": "rows shown of either side (default 8)"},
         },
     ),
     "report": _Subcommand(

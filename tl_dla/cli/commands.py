@@ -58,6 +58,19 @@ def lens(args: argparse.Namespace) -> Output:
     return lens_output(readings, args)
 
 
+def scores(args: argparse.Namespace) -> Output:
+    """`tl-dla scores`."""
+    from tl_dla.analyses.attention_scores import attribute_attention
+    from tl_dla.cli.scores import scores_output
+
+    require_writable(args)
+    require_unit(args.unit)
+    read_stdin(args)
+    places = dict(query=args.query, key=args.key, versus=args.versus)
+    result = attribute_attention(load(args), args.prompt, args.head, **places, unit=args.unit)
+    return scores_output(result, args)
+
+
 def report(args: argparse.Namespace) -> None:
     """`tl-dla report`."""
     from tl_dla.report.page import write_report

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REST = "what no known part of the model wrote, and more than rounding; `tl-dla check` shows more"
 _SHOWN = 12
 _BAR_WIDTH = 32  # where there is no terminal to fill
-_MEANING = "(rounding allows: the largest error that rounding can make of rows that add up exactly)"
+MEANING = "(rounding allows: the largest error that rounding can make of rows that add up exactly)"
 _OBSERVATION = "A direct effect is an observation, not what removing the part would do"
 
 
@@ -39,6 +39,7 @@ class Ledger:
         logit: the model's own.
         columns: what the columns are.
         cumulative: whether the rows are readings of the stream, of which the last is the total.
+        own: what `logit` is, in words.
     """
 
     names: list[str]
@@ -47,6 +48,7 @@ class Ledger:
     logit: list[float]
     columns: list[str]
     cumulative: bool
+    own: str = "model's own logit"
 
     def shown(self, top: int | None) -> list[int]:
         """The rows of largest mean magnitude first; readings of the stream all and in order."""
@@ -73,7 +75,7 @@ class Ledger:
             table.add_row(f"{len(hidden)} others", *map(signed, others), style="dim")
         total = "last reading + biases" if self.cumulative else "all rows"
         table.add_row(total, *map(signed, self.total), style="bold")
-        table.add_row("model's own logit", *map(signed, self.logit), style="bold")
+        table.add_row(self.own, *map(signed, self.logit), style="bold")
         return table
 
 
@@ -89,8 +91,8 @@ def attribution_table(
 
 def certified(certificate: Reconstruction, warning: str, measured: str) -> RenderableType:
     """The certificate, what its words mean, what a direct effect is not and what measures that."""
-    lines = [f"{_mark(certificate.passed)} {certificate}", *[f"! {warning}"] * bool(warning)]
-    return Text("\n".join([*lines, _MEANING, f"{_OBSERVATION}: {measured} measures that."]))
+    lines = [f"{mark(certificate.passed)} {certificate}", *[f"! {warning}"] * bool(warning)]
+    return Text("\n".join([*lines, MEANING, f"{_OBSERVATION}: {measured} measures that."]))
 
 
 def audited(audit: "Audit | None") -> list[RenderableType]:
@@ -130,12 +132,12 @@ def check_table(check: "ModelCheck", verbose: bool) -> RenderableType:
     table = _table("largest miss", "relative", "tolerance", "", "identity")
     for one in shown:
         numbers = (f"{x:.1e}" for x in (one.error, one.relative_error, one.tolerance))
-        table.add_row(*numbers, _mark(one.passed), Text(one.name))
+        table.add_row(*numbers, mark(one.passed), Text(one.name))
     first = check.first_failure
     verdict = f"all {len(check.identities)} identities hold"
     if first is not None:
         verdict = f"first failure: {first.name}"
-    lines = [f"{_mark(check.passed)} {check.architecture}: {verdict}"]
+    lines = [f"{mark(check.passed)} {check.architecture}: {verdict}"]
     lines += [f"not checked: {check.refusal}"] * bool(check.refusal)
     above: list[RenderableType] = [table, Text()] if shown else []
     return Group(*above, Text("\n".join(lines)))
@@ -221,5 +223,6 @@ def signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.4f}"
 
 
-def _mark(passed: bool) -> str:
+def mark(passed: bool) -> str:
+    """A tick or a cross."""
     return "✓" if passed else "✗"

@@ -149,8 +149,9 @@ def _find(model: Any, prompts: Prompts, row: int, text: str) -> int:
     texts = token_strings(model, prompts.packed[row, : int(prompts.length[row])])
     places = [place for place, token in enumerate(texts) if token == text]
     if len(places) != 1:
+        at = f" (positions {', '.join(map(str, places))})" if places else ""
         raise TokenError(
-            f"{text!r} is {len(places)} times a token of prompt {row}"
+            f"{text!r} is {len(places)} times a token of prompt {row}{at}"
             f" ({', '.join(map(repr, texts))}): give its position."
         )
     return places[0]
