@@ -1,4 +1,4 @@
-"""Run the tutorials and keep what they show: `python tutorials/execute.py [NAME.ipynb …]`.
+"""Run the notebooks and keep what they show: `python tutorials/execute.py [NAME.ipynb …]`.
 
 A figure is kept twice: as plotly's JSON, which Jupyter draws, and as a picture, for readers who
 see the file alone. Pictures need Chromium (`tests/support/browser.py`); progress bars are not kept.
@@ -20,12 +20,15 @@ FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/png"
 WIDTH = 900
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: int = 300) -> nbformat.NotebookNode:
+def execute(
+    notebook: nbformat.NotebookNode, folder: Path, timeout: int = 300
+) -> nbformat.NotebookNode:
     """Run every cell from the top, with no network; raises where one fails."""
     # plotly's own choice would put its whole script into the notebook.
     kernel = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1"}
+    kernel["PYTHONPATH"] = str(FOLDER.parent)  # this tree, whatever is installed
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3")
-    client.execute(cwd=str(FOLDER), env=kernel)
+    client.execute(cwd=str(folder), env=kernel)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which differ from run to run
         if cell.cell_type == "code":
@@ -62,8 +65,9 @@ def add_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def main(names: list[str]) -> None:
     """Execute these notebooks in place, all of them by default."""
-    for path in [FOLDER / Path(name).name for name in names] or sorted(FOLDER.glob("*.ipynb")):
-        notebook = execute(nbformat.read(path, as_version=4))
+    paths = [path for path in sorted(FOLDER.rglob("*.ipynb")) if not names or path.name in names]
+    for path in paths:
+        notebook = execute(nbformat.read(path, as_version=4), path.parent)
         add_pictures(notebook)
         nbformat.write(notebook, path)
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")

@@ -1,4 +1,4 @@
-"""The classic mistakes of each exercise, as a learner would write them, and what the check says.
+"""The classic mistakes of the norm's exercises, as a learner would write them, and what is said.
 
 They are written with TransformerLens, and not with the numbers that the checks compare with.
 """
@@ -16,12 +16,23 @@ import solutions  # noqa: E402
 
 
 def read(
-    stack, cache, directions, pos=-1, *, centre=True, scaled=True, scale_pos=None, over="mean"
+    stack,
+    cache,
+    directions,
+    pos=-1,
+    *,
+    centre=True,
+    scaled=True,
+    scale_pos=None,
+    over="mean",
+    power=1,
 ):
     """`residual_stack_to_logit_diff`, with what can go wrong as arguments."""
     x = stack - stack.mean(-1, keepdim=True) if centre else stack
-    if scaled:
-        x = x / cache["ln_final.hook_scale"][:, pos if scale_pos is None else scale_pos]
+    if callable(scaled):
+        x = x / scaled(stack, cache["resid_post", -1][:, pos])
+    elif scaled:
+        x = x / cache["ln_final.hook_scale"][:, pos if scale_pos is None else scale_pos] ** power
     each = (x * directions).sum(-1)
     return {"mean": lambda: each.mean(-1), "sum": lambda: each.sum(-1), "none": lambda: each}[
         over
@@ -103,12 +114,13 @@ def norm_with(
         if recompute:
             scale = (x.var(-1, correction=0, keepdim=True) + model.cfg.eps).sqrt()
         x = x / scale if scaled else x
-        x = x * model.ln_final.w if gamma else x
+        x = x * model.ln_final.w ** int(gamma)
         x = x - x.mean(-1, keepdim=True) if centre == "late" else x
         b = model.ln_final.b.expand_as(x[:1])
         return {
             "row": lambda: torch.cat([x, b]),
             "none": lambda: x,
+            "first": lambda: torch.cat([b, x]),
             "every": lambda: x + b,
             "scaled": lambda: torch.cat([x, b / scale]),
             "gamma": lambda: torch.cat([x, b * model.ln_final.w]),
@@ -123,13 +135,13 @@ def ledger_with(
     def all_rows(model, cache, correct, incorrect):
         u = sign * difference(model, correct, incorrect)
         stack = cache.decompose_resid(layer=-1, pos_slice=pos)
-        w = u * model.ln_final.w if gamma else u
+        w = u * model.ln_final.w ** int(gamma)
         rows = [*read(stack, cache, w, pos, centre=centre, scaled=scaled, over="none")]
         if beta:
             scale = cache["ln_final.hook_scale"][:, -1, 0] if beta == "scaled" else 1
             rows.append(u @ model.ln_final.b / scale)
         if b_U:
-            rows.append(sign * (model.b_U[correct] - model.b_U[incorrect]))
+            rows.append(sign * b_U * (model.b_U[correct] - model.b_U[incorrect]))
         rows = torch.stack(rows)
         return {"mean": rows.mean(-1), "sum": rows.sum(-1), "none": rows}[over]
 
@@ -142,6 +154,22 @@ def miss(rows, expected):
 
 def tolerance(rows):
     return 1e-5 * float(rows.abs().sum())
+
+
+def length(stack, whole):
+    return whole.norm(dim=-1, keepdim=True)
+
+
+def unbiased(stack, whole):
+    return whole.std(-1, keepdim=True)
+
+
+def own_length(stack, whole):
+    return stack.norm(dim=-1, keepdim=True)
+
+
+def gamma_of(cache):
+    return cache.model.ln_final.w
 
 
 def late(stack, cache, directions, pos=-1):
@@ -183,6 +211,24 @@ MISTAKES = {
         "recomputed": (recomputed, "recomputed from that row alone"),
         "scale of position 0": (late, "scale is that of position 0; .* of position -1"),
         "ignores pos": (reading(scale_pos=-1), "that of position 14; .* of position 3"),
+        "length": (reading(scaled=length), "the stream's length"),
+        "unbiased": (reading(scaled=unbiased), "unbiased standard deviation"),
+        "own length": (reading(scaled=own_length), "by its own length"),
+        "squared": (reading(power=2), "by the scale twice"),
+        "gamma twice": (lambda s, c, d, p=-1: read(s, c, d * gamma_of(c), p), "γ is in twice"),
+        "over twice": (lambda *a: read(*a) / 3, "the same multiple of what is right"),
+        "sign, not centred": (
+            lambda *a: -read(*a, centre=False),
+            ("every sign is wrong", "did you centre"),
+        ),
+        "no scale, summed": (
+            reading(scaled=False, over="sum"),
+            ("summed over the prompts", "forgot the final norm's scale"),
+        ),
+        "unbiased, not centred": (
+            reading(scaled=unbiased, centre=False),
+            ("did you centre", "unbiased standard deviation"),
+        ),
     },
     "logit_lens": {
         "frozen": (lens_with(frozen=True), "scale is frozen"),
@@ -196,6 +242,15 @@ MISTAKES = {
         "no norm": (lens_with(norm=False), "forgot the final norm"),
         "swapped": (lambda m, c, a, b: solutions.logit_lens(m, c, b, a), "swapped"),
         "summed": (lambda *a: 3 * solutions.logit_lens(*a), "summed over the prompts"),
+        "b_U subtracted": (lens_with(b_U=-1), "you subtracted b_U"),
+        "no mid, frozen": (
+            lens_with(mid=False, frozen=True),
+            ("scale is frozen", "incl_mid=True"),
+        ),
+        "no gamma, position 0": (
+            lens_with(gamma=0, pos=0),
+            ("reads position 0", "forgot γ"),
+        ),
         "components": (
             lambda m, c, a, b: (
                 (m.ln_final(c.decompose_resid(layer=-1, pos_slice=-1)) * difference(m, a, b)).sum(
@@ -236,6 +291,15 @@ MISTAKES = {
         "summed": (heads_with(over="sum"), "summed over the prompts"),
         "scale of position 0": (heads_with(scale_pos=0), "scale is that of position 0"),
         "per prompt": (heads_with(over="none"), "a number for each prompt"),
+        "length": (heads_with(scaled=length), "the stream's length"),
+        "flat, sign": (
+            lambda m, c, d: -heads_with(lambda flat, n: flat)(m, c, d),
+            ("in one row", "every sign is wrong"),
+        ),
+        "wrong places, no scale": (
+            heads_with(lambda flat, n: flat.unflatten(0, (-1, n)).T, scaled=False),
+            ("wrong places", "forgot the final norm's scale"),
+        ),
     },
     "top_heads": {
         "flat indices": (
@@ -243,7 +307,7 @@ MISTAKES = {
                 ranked(p, k, flat=True),
                 ranked(p, k, key=lambda v: -v, flat=True),
             ),
-            "flat indices",
+            "these are flat indices",
         ),
         "positive only": (lambda p, k: ranked(p, k), "two lists are wanted"),
         "next positive": (
@@ -273,21 +337,34 @@ MISTAKES = {
                 [divmod(layer * p.shape[1] + head, p.shape[0]) for layer, head in heads]
                 for heads in both(p, k)
             ),
-            "divide by the number of heads, the second axis",
+            "divided the flat indices by the number of layers",
+        ),
+        "swapped twice": (
+            lambda p, k: tuple([head[::-1] for head in heads] for heads in both(p, k)[::-1]),
+            (r"these are \(head, layer\)", "positive and negative are swapped"),
         ),
         "one number": (lambda p, k: ([1] * k, [2] * k), "as two numbers"),
     },
     "layer_norm_split": {
+        "gamma twice": (norm_with(gamma=2), "γ is in twice"),
+        "beta first": (norm_with(beta="first"), "β is the first row"),
+        "no gamma, no beta": (
+            norm_with(gamma=False, beta="none"),
+            ("forgot β", "forgot γ"),
+        ),
         "no beta": (norm_with(beta="none"), "forgot β"),
         "beta in every row": (norm_with(beta="every"), "β is in every row"),
         "beta scaled": (norm_with(beta="scaled"), "β is not divided"),
         "beta times gamma": (norm_with(beta="gamma"), "γ multiplies yours"),
         "no gamma": (norm_with(gamma=False), "forgot γ"),
-        "no scale": (norm_with(scaled=False), "forgot the norm's scale"),
+        "no scale": (norm_with(scaled=False), "forgot the final norm's scale"),
         "not centred": (norm_with(centre="never"), "did not centre"),
         "centred late": (norm_with(centre="late"), "centred after multiplying by γ"),
-        "recomputed": (norm_with(recompute=True), "recomputed for each row"),
-        "scale of position 0": (norm_with(scale_pos=0), "that of position 0; this is position -1"),
+        "recomputed": (norm_with(recompute=True), "recomputed from that row alone"),
+        "scale of position 0": (
+            norm_with(scale_pos=0),
+            "scale is that of position 0; .* of position -1",
+        ),
     },
     "all_rows": {
         "no biases": (ledger_with(beta=False, b_U=False), SUMS + r"did you forget β and b_U\?"),
@@ -298,9 +375,21 @@ MISTAKES = {
         "per prompt": (ledger_with(over="none"), "a number for each prompt"),
         "beta scaled": (ledger_with(beta="scaled"), SUMS + "β is not divided"),
         "not centred": (ledger_with(centre=False), SUMS + "did you centre"),
-        "no scale": (ledger_with(scaled=False), SUMS + "did you forget the final norm's scale"),
+        "no scale": (ledger_with(scaled=False), SUMS + "you forgot the final norm's scale"),
         "no gamma": (ledger_with(gamma=False), SUMS + r"did you forget γ\?"),
         "position 0": (ledger_with(pos=0), SUMS + "did you read position 0"),
+        "b_U's sign": (ledger_with(b_U=-1), SUMS + "b_U has the wrong sign"),
+        "gamma twice": (ledger_with(gamma=2), SUMS + r"is γ in twice\?"),
+        "unbiased": (ledger_with(scaled=unbiased), SUMS + "you divided by the unbiased"),
+        "length": (ledger_with(scaled=length), SUMS + "you divided by the stream's length"),
+        "no gamma, b_U's sign": (
+            ledger_with(gamma=False, b_U=-1),
+            ("b_U has the wrong sign", "did you forget γ"),
+        ),
+        "no beta, not centred": (
+            ledger_with(beta=False, centre=False),
+            ("did you forget β", "did you centre"),
+        ),
     },
     "adds_up": {
         "exact": (lambda r, e: miss(r, e) == 0, "it rejects rows that miss by"),

@@ -90,3 +90,50 @@ def adds_up(rows: Float[Tensor, " row"], expected: float) -> bool:
     # What float32 can round away grows with what was added, not with what is left of it.
     tolerance = 1e-5 * float(rows.abs().sum())
     return abs(float(rows.sum()) - expected) <= tolerance
+
+
+# ---- beyond the norm ---------------------------------------------------------------------------
+
+
+def choose_tokens(model: Any, prompt: str) -> tuple[int, int]:
+    names = [word.strip(",.") for word in prompt.split()[1:] if word[0].isupper()]
+    answer, foil = sorted(set(names), key=names.count)
+    return model.to_single_token(f" {answer}"), model.to_single_token(f" {foil}")
+
+
+def source_contributions(
+    model: Any, cache: Any, layer: int, head: int, directions: Float[Tensor, "batch d_model"]
+) -> Float[Tensor, "batch pos"]:
+    values = cache["v", layer][:, :, head]
+    written = values @ model.blocks[layer].attn.W_O[head]
+    centred = written - written.mean(-1, keepdim=True)
+    normalised = centred / cache["ln_final.hook_scale"][:, -1:]
+    each = einops.einsum(normalised, directions, "batch pos d_model, batch d_model -> batch pos")
+    return cache["pattern", layer][:, head, -1] * each
+
+
+def suppressing_head(model: Any, cache: Any, tokens: Int[Tensor, " batch"]) -> tuple[int, int]:
+    directions = model.W_U[:, tokens].T * model.ln_final.w
+    per_head = per_head_logit_diff(model, cache, directions)
+    return divmod(int(per_head.argmin()), model.cfg.n_heads)
+
+
+def logit_diff_lost(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    correct: Int[Tensor, " batch"],
+    incorrect: Int[Tensor, " batch"],
+    layer: int,
+    head: int,
+) -> float:
+    def silence(z, hook):
+        z[:, -1, head] = 0
+        return z
+
+    def logit_diff(logits):
+        prompt = torch.arange(len(tokens))
+        return (logits[prompt, -1, correct] - logits[prompt, -1, incorrect]).mean()
+
+    hooks = [(f"blocks.{layer}.attn.hook_z", silence)]
+    without = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return float(logit_diff(model(tokens)) - logit_diff(without))

@@ -44,7 +44,11 @@ class Lesson:
     @property
     def logit_diff(self) -> float:
         """Logit of the correct answer less that of the incorrect one, averaged over the prompts."""
-        last, prompt = self.logits[:, -1], torch.arange(len(self.tokens))
+        return self.diff_of(self.logits)
+
+    def diff_of(self, logits: Float[Tensor, "batch pos d_vocab"]) -> float:
+        """The same of other logits, such as those of a run without a head."""
+        last, prompt = logits[:, -1], torch.arange(len(self.tokens))
         return float((last[prompt, self.correct] - last[prompt, self.incorrect]).mean())
 
 
@@ -74,7 +78,10 @@ def _give_unembedding_a_bias(model: Any) -> None:
 
 
 def _move_mean_of_stream(model: Any) -> None:
-    """Every LayerNorm takes the mean away, so this changes no logit; but who forgets to centre
-    the rows now gets others."""
+    """Add a constant to the stream.
+
+    Every LayerNorm takes the mean away, so this changes no logit; but who forgets to centre
+    the rows now gets others.
+    """
     embedding = getattr(model.pos_embed, "original_component", None)
     (model.pos_embed.W_pos if embedding is None else embedding.weight).add_(2.0)

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from comparing import Mistake
-from lesson import Lesson
-from reference import gamma_directions, heads, ledger, project
 from torch import Tensor
+
+from tl_dla.exercises.comparing import Mistake
+from tl_dla.exercises.lesson import Lesson
+from tl_dla.exercises.reference import gamma_directions, heads, ledger, project
+
+Head = tuple[int, ...]  # (layer, head)
 
 
 def check_top_heads(function: Callable[..., Any], lesson: Lesson) -> None:
@@ -23,11 +26,14 @@ def check_top_heads(function: Callable[..., Any], lesson: Lesson) -> None:
         ]
         order = sorted(where, key=lambda index: -float(per_head[index]))
         by_size = sorted(where, key=lambda index: -abs(float(per_head[index])))
-        _compare_heads(function(per_head, k), order, by_size, k, per_head.shape[1])
+        _compare_heads(function(per_head, k), order, by_size, k, per_head.shape)
 
 
-def _compare_heads(given: Any, order: list, by_size: list, k: int, n_heads: int) -> None:
+def _compare_heads(
+    given: Any, order: list[Head], by_size: list[Head], k: int, shape: tuple[int, ...]
+) -> None:
     positive, negative = order[:k], order[::-1][:k]
+    n_layers, n_heads = shape
     if not isinstance(given, tuple | list) or len(given) != 2:
         found = len(given) if isinstance(given, tuple | list) else "no"
         raise Mistake(
@@ -38,8 +44,8 @@ def _compare_heads(given: Any, order: list, by_size: list, k: int, n_heads: int)
     flat = [[layer * n_heads + head for layer, head in heads] for heads in (positive, negative)]
     if given == flat:
         raise Mistake(
-            f"these are flat indices: index {given[0][0]} is head {positive[0]}; divide by the"
-            f" number of heads, {n_heads}."
+            "these are flat indices, which run through all heads of layer 0 first: divide by the"
+            " number of heads in a layer; the quotient is the layer, the rest the head."
         )
     if not all(isinstance(head, list) and len(head) == 2 for heads in given for head in heads):
         raise Mistake("every head is wanted as two numbers, (layer, head).")
@@ -60,9 +66,16 @@ def _compare_heads(given: Any, order: list, by_size: list, k: int, n_heads: int)
         raise Mistake("these are the right heads in another order: the strongest come first.")
     if [len(heads) for heads in given] != [k, k]:
         raise Mistake(f"k = {k} heads of each sign are wanted, not {[len(h) for h in given]}.")
+    if given == [[divmod(index, n_layers) for index in heads] for heads in flat]:
+        raise Mistake(
+            "the divisor is wrong: you divided the flat indices by the number of layers. Which axis"
+            " is the one that runs fastest?"
+        )
+    if given == [[divmod(index, n_heads)[::-1] for index in heads] for heads in flat[::-1]]:
+        raise Mistake("these are (head, layer), and positive and negative are swapped.")
     raise Mistake(
-        f"these are other heads: {positive} and {negative} are right, and you have {given[0]} and"
-        f" {given[1]}. Did you divide by the number of heads, the second axis?"
+        f"some of these are other heads: {len({*given[0]} & {*positive})} of the {k} positive and"
+        f" {len({*given[1]} & {*negative})} of the {k} negative ones are right."
     )
 
 

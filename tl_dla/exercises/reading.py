@@ -1,0 +1,301 @@
+"""Checks of the exercises beyond the norm: tokens, what heads read, runs without a head."""
+
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_dla.exercises.comparing import Mistake, compare, slip
+from tl_dla.exercises.lesson import Lesson
+from tl_dla.exercises.reference import (
+    answers_at,
+    gamma_beta,
+    gamma_directions,
+    heads,
+    project,
+    scale_at,
+)
+from tl_dla.exercises.slips import CENTRE, GAMMA_AGAIN, NO_SCALE, SIGN, SQUARED, Function, read
+
+# ---- the answer and the foil -------------------------------------------------------------------
+
+SENTENCES = [  # prompt, the answer, the foil: either name comes first, and either is repeated
+    ("When Mary and John went to the store, John gave a drink to", "Mary", "John"),
+    ("When Tom and Paul went to the park, Tom gave a flower to", "Paul", "Tom"),
+    ("Then, Sarah and Dan met in the garden, and Sarah handed a book to", "Dan", "Sarah"),
+    ("After Amy and Sid arrived at the office, Sid showed a letter to", "Amy", "Sid"),
+]
+
+
+def check_choose_tokens(function: Function, lesson: Lesson) -> None:
+    """The name that is said once is the answer, the repeated one is the foil, each with a space."""
+
+    def token(text: str) -> int:
+        return int(lesson.model.to_tokens(text, prepend_bos=False)[0, 0])
+
+    right = [(token(f" {answer}"), token(f" {foil}")) for _, answer, foil in SENTENCES]
+    given = [
+        _two_ids(function(lesson.model, prompt), lesson.model.to_tokens(prompt)[0, 0])
+        for prompt, _, _ in SENTENCES
+    ]
+    if given == right:
+        return
+    bare = [(token(answer), token(foil)) for _, answer, foil in SENTENCES]
+    for names, missing in ((right, ""), (bare, _SPACE)):
+        in_order = [pair[::-1] if i else pair for i, pair in enumerate(names)]
+        in_order[3] = names[3]
+        told = {
+            "": names,
+            "the answer and the foil are swapped: the repeated name is the foil.": [
+                pair[::-1] for pair in names
+            ],
+            "you take the first name for the answer, and in half of the sentences it is the"
+            " repeated one: what tells the two apart is the repetition, not the order.": in_order,
+            "you take the second name for the answer, and in half of the sentences it is the"
+            " repeated one: what tells the two apart is the repetition, not the order.": [
+                pair[::-1] for pair in in_order
+            ],
+        }
+        for sentence, wrong in told.items():
+            if given == wrong:
+                raise Mistake(" ".join(filter(None, (missing, sentence))))
+    n_right = sum(a == b for a, b in zip(given, right, strict=True))
+    shown = lesson.model.tokenizer.decode([given[-1][0]])
+    raise Mistake(
+        f"the pair is right for {n_right} of {len(right)} sentences. For {SENTENCES[-1][0]!r} your"
+        f" answer is the token {shown!r}."
+    )
+
+
+_SPACE = (
+    "a leading space is missing: after a word the model says ' Mary', which is another token than"
+    " 'Mary'."
+)
+
+
+def _two_ids(given: object, bos: Tensor) -> tuple[int, int]:
+    if isinstance(given, Tensor):
+        given = given.tolist()
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise Mistake("two token ids are wanted, (answer, foil).")
+    if any(isinstance(one, str) for one in given):
+        raise Mistake("token ids are wanted, and these are strings: model.to_single_token(…).")
+    if not all(isinstance(one, Integral | Tensor) for one in given):
+        raise Mistake(f"two whole numbers are wanted, (answer, foil), not {given!r:.60}.")
+    answer, foil = (int(one) for one in given)
+    if int(bos) in (answer, foil):
+        raise Mistake(
+            "this is the token that begins every prompt: to_tokens prepends it unless you say"
+            " prepend_bos=False."
+        )
+    return answer, foil
+
+
+# ---- what a head reads -------------------------------------------------------------------------
+
+
+def check_source_contributions(function: Function, lesson: Lesson) -> None:
+    """Attention times what the values become on the way to the logits, source token by token."""
+    n_heads = lesson.model.cfg.n_heads
+    for layer, head in ((3, 0), (1, 3)):
+        slips = [
+            slip(
+                "this is what each token would give with all of the head's attention: multiply by"
+                " how much the last position attends to it.",
+                weights="none",
+            ),
+            slip(
+                "the pattern is turned round: its axes are [query, key], and the query is the last"
+                " position.",
+                weights="to the last",
+            ),
+            slip(
+                "this is the attention of all heads averaged: use the head's own.",
+                weights="all heads",
+            ),
+            slip(
+                "hook_z is mixed over the source tokens already: the values of each token are"
+                " hook_v.",
+                values="hook_z",
+            ),
+            slip("the tokens are added up, which is the head's row: keep them apart.", added=True),
+            slip(
+                "you averaged over the prompts, and their tokens are not the same ones: keep"
+                " [batch, pos].",
+                over="mean",
+            ),
+            slip(
+                "the scale is that of each source token. The head writes at the last position, and"
+                " the final norm that reads it is the one there.",
+                scale_at_source=True,
+            ),
+            *(
+                slip("W_O is that of another head: W_O[head].", out=other)
+                for other in range(n_heads)
+                if other != head
+            ),
+            CENTRE,
+            NO_SCALE,
+            SQUARED,
+            GAMMA_AGAIN,
+            SIGN,
+        ]
+        directions = gamma_directions(lesson).float()
+        given = function(lesson.model, lesson.cache, layer, head, directions)
+        formula = partial(_sources, lesson, layer, head)
+        compare(given, formula, slips, "batch, pos", total="what the head writes")
+
+
+def _sources(lesson: Lesson, layer: int, head: int, /, **wrong: Any) -> Tensor:
+    at = f"blocks.{layer}.attn."
+    pattern = lesson.cache[f"{at}hook_pattern"].double()
+    weights = {
+        None: pattern[:, head, -1],
+        "none": torch.ones_like(pattern[:, head, -1]),
+        "to the last": pattern[:, head, :, -1],
+        "all heads": pattern[:, :, -1].mean(1),
+    }[wrong.get("weights")]
+    values = lesson.cache[at + wrong.get("values", "hook_v")][:, :, head].double()
+    W_O = lesson.model.blocks[layer].attn.W_O.detach().double()[wrong.get("out", head)]
+    written = torch.einsum("bph,hm->pbm", values, W_O)
+    rows = read(lesson, written, gamma_directions(lesson), -1, **{**wrong, "over": "none"})
+    if wrong.get("scale_at_source"):
+        own = torch.stack([scale_at(lesson, pos) for pos in range(len(rows))])
+        rows = rows * scale_at(lesson, -1) / own
+    each = rows.T * weights  # batch pos
+    each = each.mean(0) if wrong.get("over") == "mean" else each
+    return each.sum(-1) if wrong.get("added") else each
+
+
+# ---- which head holds a token down -------------------------------------------------------------
+
+
+def check_suppressing_head(function: Function, lesson: Lesson) -> None:
+    """The head that lowers the logit of given tokens most: their own, and not a difference."""
+    gamma, n_heads = gamma_beta(lesson)[0], lesson.model.cfg.n_heads
+    others = lesson.incorrect.roll(1)
+
+    def rows(tokens: Tensor) -> Tensor:
+        return project(lesson, heads(lesson), gamma * answers_at(lesson, tokens)).mean(-1)
+
+    for tokens in (lesson.incorrect, others):
+        own = rows(tokens)
+        given = _one_head(function(lesson.model, lesson.cache, tokens), n_heads)
+        if given == _at(own.argmin(), n_heads):
+            continue
+        against = rows(lesson.correct) - rows(lesson.incorrect)
+        told = [
+            (
+                _at(own.argmin(), n_heads)[::-1],
+                "this is (head, layer): the layer comes first.",
+            ),
+            (
+                _at(own.argmax(), n_heads),
+                "this head raises the tokens' logit most: the one that lowers it is asked for.",
+            ),
+            (
+                _at(against.argmin(), n_heads),
+                "this head has the lowest row of the logit difference. Of a difference one cannot"
+                " tell whether the answer falls or the foil rises: take the tokens' own logits.",
+            ),
+            (
+                _at(against.argmax(), n_heads),
+                "this head helps the answer most, which says nothing of why: take the logits of the"
+                " tokens given.",
+            ),
+            (
+                _at(own.abs().argmin(), n_heads),
+                "this is the head with the smallest effect of either sign: the most negative one is"
+                " asked for.",
+            ),
+        ]
+        for head, sentence in told:
+            if given == head:
+                raise Mistake(sentence)
+        raise Mistake(
+            f"L{given[0]}H{given[1]} writes {own[given]:+.3f} to the logit of those tokens, on"
+            " average over the prompts; another head lowers it more."
+        )
+
+
+def _at(index: Tensor, n_heads: int) -> tuple[int, int]:
+    return divmod(int(index), n_heads)
+
+
+def _one_head(given: object, n_heads: int) -> tuple[int, int]:
+    if isinstance(given, Tensor):
+        given = given.tolist()
+    if isinstance(given, Integral):
+        raise Mistake("this is a flat index: two numbers are wanted, (layer, head).")
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise Mistake(f"one head is wanted, (layer, head), not {given!r:.60}.")
+    layer, head = (int(one) for one in given)
+    return layer, head
+
+
+# ---- what the model does without a head --------------------------------------------------------
+
+
+def check_logit_diff_lost(function: Function, lesson: Lesson) -> None:
+    """Silence a head at the last position, run again: how much of the difference is gone."""
+    model, before = lesson.model, lesson.logit_diff
+
+    def lost(layer: int, head: int | slice, at: int | slice = -1) -> float:
+        def silence(z: Tensor, hook: object) -> Tensor:
+            z[:, at, head] = 0
+            return z
+
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", silence)]):
+            return before - lesson.diff_of(model(lesson.tokens))
+
+    for layer, head in ((1, 3), (3, 0)):
+        given = function(model, lesson.tokens, lesson.correct, lesson.incorrect, layer, head)
+        _leave_no_hooks(lesson)
+        if isinstance(given, Tensor) and given.numel() == 1:
+            given = given.item()
+        if not isinstance(given, float | int):
+            raise Mistake(f"one number is wanted, not a {type(given).__name__}.")
+        right = lost(layer, head)
+        if abs(given - right) < 1e-3:
+            continue
+        direct = project(lesson, heads(lesson)[layer, head], gamma_directions(lesson)).mean()
+        told = [
+            (-right, "the sign: a positive number is a difference lost, before less after."),
+            (before - right, "this is the difference that is left: how much of it is gone?"),
+            (
+                float(direct),
+                "this is the head's row, its direct effect. Silence the head and run the model"
+                " again: the others react.",
+            ),
+            (
+                lost(layer, head, slice(None)),
+                "the head is silent at every position: silence it at the last one alone.",
+            ),
+            (lost(layer, head, 0), "this silences position 0: the last one, -1, is asked for."),
+            (lost(layer, slice(None)), "the whole layer is silent: silence one head."),
+            (
+                right * len(lesson.tokens),
+                "this is the sum over the prompts: average over the batch.",
+            ),
+            (0.0, "nothing changed: does the hook return, or change in place, what it was given?"),
+        ]
+        for value, sentence in told:
+            if abs(given - value) < 1e-3:
+                raise Mistake(sentence)
+        raise Mistake(
+            f"{given:.3f} is not what is lost without L{layer}H{head}. Is the hook at"
+            f" blocks.{layer}.attn.hook_z, which is [batch, pos, head, d_head]?"
+        )
+
+
+def _leave_no_hooks(lesson: Lesson) -> None:
+    """Raise where the learner's hooks are still on the model, after taking them off."""
+    changed = not torch.equal(lesson.model(lesson.tokens), lesson.logits)
+    if changed:
+        lesson.model.reset_hooks()
+        raise Mistake(
+            "your hook is still on the model, and every later run is changed by it (it has been"
+            " taken off now): use model.run_with_hooks(…) or `with model.hooks(…):`."
+        )
