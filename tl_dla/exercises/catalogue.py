@@ -101,7 +101,7 @@ def check(function: Callable[..., Any]) -> bool:
 def score(namespace: Mapping[str, Any]) -> pd.DataFrame:
     """The points of every exercise solved in a notebook: `score(globals())`.
 
-    >>> score({}).loc["all", "points"]
+    >>> int(score({}).loc["all", "points"])
     0
     """
     verdicts = judge_all(namespace)
