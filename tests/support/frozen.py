@@ -93,11 +93,46 @@ def rows_of(
     return rows, torch.stack(flow, 1)
 
 
+def effects_of(
+    model: nn.Module,
+    ids: Tensor,
+    answer: Tensor,
+    incorrect: Tensor,
+    rule: str | None,
+    given: dict[str, nn.Module],
+) -> dict[str, Tensor]:
+    """What each module is given, times the logit's derivative by it, `[batch, pos, d]`.
+
+    In the frozen module, or with `rule` None in the model as it is.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(label: str, x: Tensor) -> None:
+        x.retain_grad()
+        seen[label] = x
+
+    model.requires_grad_(False)
+    with torch.enable_grad(), ExitStack() as stack:
+        for label, module in given.items():
+            hook = module.register_forward_pre_hook(lambda _m, a, label=label: keep(label, a[0]))
+            stack.callback(hook.remove)
+        if rule is None:
+            hook = model.get_input_embeddings().register_forward_hook(
+                lambda _m, _a, out: out.detach().requires_grad_(True)
+            )
+            stack.callback(hook.remove)
+        else:
+            _freeze(model, stack, [], rule)
+        # The output transform is frozen in the one, and not in the other.
+        _logits(model, ids, answer, incorrect, -1, frozen=rule is not None).sum().backward()
+    return {label: (x * x.grad).detach() for label, x in seen.items()}
+
+
 def _put(rows: dict[str, Tensor], label: str, prompt: int, value: Tensor, n: int) -> None:
     rows.setdefault(label, torch.zeros(n, dtype=torch.float64))[prompt] += value.detach()
 
 
-def _logits(model, ids, answer, incorrect, pos) -> Tensor:
+def _logits(model, ids, answer, incorrect, pos, frozen=True) -> Tensor:
     """The difference of two logits, the output transform at its value."""
     raw: list[Tensor] = []
     handle = unembedding_of(model).register_forward_hook(lambda _m, _a, out: raw.append(out))
@@ -107,7 +142,8 @@ def _logits(model, ids, answer, incorrect, pos) -> Tensor:
     finally:
         handle.remove()
     ratio = torch.where(raw[0] == 0, 1.0, logits / raw[0]).detach()
-    return _difference(raw[0] * ratio, answer.reshape(-1), incorrect.reshape(-1))[:, pos]
+    shown = raw[0] * ratio if frozen else logits
+    return _difference(shown, answer.reshape(-1), incorrect.reshape(-1))[:, pos]
 
 
 def _streams(model: nn.Module, stack: ExitStack) -> list[Tensor]:

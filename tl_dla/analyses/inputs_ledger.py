@@ -24,6 +24,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_dla.analyses.total_effects import Effects, EffectUnit, Lines, effects
 from tl_dla.core.all_the_way import directions, pull_all
 from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify, require_check
 from tl_dla.core.network import Network, Pulled
@@ -86,6 +87,35 @@ class InputAttribution(Attribution):
     def points(self) -> list[str]:
         """Where `flow` reads the stream: `0_pre`, `1_pre`, …, `final_post`."""
         return list(self.reconstruction.parts)
+
+    def effects(self, unit: EffectUnit = "head", lines: Lines | None = None) -> Effects:
+        """What heads, MLPs or neurons write to the logit through everything after them.
+
+        The model runs again; with tangents, backwards too, once for each position and candidate.
+
+        Args:
+            unit: `"head"`, `"component"` (embeddings, attention, MLPs) or `"neuron"`.
+            lines: how each non-linearity after a part is replaced: `"frozen"`, by the line through
+                the origin (the linear map of the rows), or `"tangent"` (the gradient: attribution
+                patching against zero). By default what predicts zero ablation best for the unit:
+                tangents for heads, frozen lines for the others.
+
+        Returns:
+            `Effects`, with `attribution` `[row, *batch_and_pos, source]` in logits: at each token's
+            place. They are no parts of a sum.
+
+        Raises:
+            ArgumentError: for another unit or other lines, or where the model cannot run again.
+            UnsupportedModelError: where no gradient can be read at a place.
+
+        Example:
+            >>> from tl_dla import attribute_inputs, load_model
+            >>> model = load_model("demo")
+            >>> result = attribute_inputs(model, "The Eiffel Tower is in the city of", " Paris")
+            >>> result.effects("component").lines
+            'frozen'
+        """
+        return effects(self, unit, lines, self.mlp)
 
     def plot_flow(
         self,
