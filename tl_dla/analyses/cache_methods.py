@@ -22,6 +22,7 @@ from tl_dla.core.readout import Readout
 from tl_dla.core.taps import exact
 from tl_dla.core.vectors import CachePlace, ResidualStack, decompose
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.positions import slice_class
 from tl_dla.inputs.targets import Answers, read_targets
 
 Stack = Float[Tensor, "row *batch_and_pos d_model"]
@@ -236,8 +237,7 @@ def _sliced(
     cache: Any, stack: Float[Tensor, "..."], batch_slice: Any, has_batch_dim: bool
 ) -> tuple[Any, Float[Tensor, "..."], bool]:
     """The cache and the stack of some prompts, and whether the stack has an axis of them."""
-    from transformer_lens.utilities import Slice
-
+    Slice = slice_class()
     stack = stack.detach().to(torch.promote_types(stack.dtype, torch.float32))
     batched = has_batch_dim and cache.has_batch_dim
     chosen = Slice(batch_slice) if not isinstance(batch_slice, Slice) else batch_slice

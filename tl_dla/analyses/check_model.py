@@ -36,7 +36,7 @@ from tl_dla.inputs.tokens import read_prompts
 from tl_dla.model.hooks import is_bridge, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import ResidPoint, Step, StreamNorm, Write
-from tl_dla.model.unembedding import output_transform
+from tl_dla.model.unembedding import output_transform, unembed_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,7 +229,7 @@ def _split(reader: ModelReader, unit: Unit) -> Iterator[Block]:
             continue
         steps.append(step)
         if isinstance(step, ResidPoint):
-            width = reader.model.W_U.new_empty(reader.model.cfg.d_model, 1)
+            width = unembed_matrix(reader.model).new_empty(reader.model.cfg.d_model, 1)
             chain = steps if before is None else [before, *steps]
             parts = Decomposition(
                 reader, chain, Readout.identity(width), [], unit, Selection(), whole=False
@@ -250,7 +250,7 @@ def _read_out(
         x = stream.norm.forward(x, scale)
     if stream.project_out is not None:
         x = x @ stream.project_out.to(x).mT
-    return output_transform(model, x @ model.W_U.to(x) + model.b_U.to(x))
+    return output_transform(model, x @ unembed_matrix(model).to(x) + model.b_U.to(x))
 
 
 def _pattern_taps(reader: ModelReader) -> dict[int, Tap]:

@@ -19,7 +19,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.inputs.targets import token_ids
 from tl_dla.inputs.tokens import token_strings
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.unembedding import unembedding
+from tl_dla.model.unembedding import unembed_matrix, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def unembedding_pca(
         (torch.Size([3, 2]), True)
     """
     ids = token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()
-    limit = min(len(ids) - 1, model.W_U.shape[0])
+    limit = min(len(ids) - 1, len(unembed_matrix(model)))
     if not 1 <= n_components <= limit:
         raise ArgumentError(
             f"{len(ids)} tokens differ along at most {max(limit, 0)} components; n_components="

@@ -35,7 +35,7 @@ from tl_dla.inputs.tokens import Prompts, token_strings
 from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import ResidPoint, Write
-from tl_dla.model.unembedding import is_linear, unembedding
+from tl_dla.model.unembedding import is_linear, unembed_matrix, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,7 @@ class TokenMap:
     ) -> list[tuple[str, float]]:
         """The tokens of the whole vocabulary that the head promotes most from a source token."""
         embedding = _embeddings(self.model, _ids(self.model, [source]))
-        vocab = torch.arange(self.model.W_U.shape[1], device=embedding.device)
+        vocab = torch.arange(unembed_matrix(self.model).shape[1], device=embedding.device)
         logits = torch.cat([self._read(embedding, ids)[0] for ids in vocab.split(chunk_size)])
         best = logits.topk(min(k, len(logits)))
         names = token_strings(self.model, best.indices)

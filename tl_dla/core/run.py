@@ -27,7 +27,7 @@ from tl_dla.inputs.dictionaries import Dictionaries
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit, with_dictionaries
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.unembedding import is_linear, output_transform
+from tl_dla.model.unembedding import is_linear, output_transform, unembed_matrix
 
 OWN_LOGIT = "the model's own logit"
 CAUSE = (
@@ -343,7 +343,8 @@ def required_hooks(
     """
     require_unit(unit)
     reader = ModelReader(model)
-    like = model.W_U.new_zeros(1, 1, 1, len(model.W_U))
+    W_U = unembed_matrix(model)
+    like = W_U.new_zeros(1, 1, 1, len(W_U))
     logit, _ = logit_readout(reader, like)
     selection = with_dictionaries(Selection(), reader, unit, dictionaries)
     parts = Decomposition(reader, reader.stream().steps, logit, [], unit, selection)

@@ -28,6 +28,7 @@ from tl_dla.model.hooks import upcast
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Kind, ResidPoint, Step
+from tl_dla.model.unembedding import unembed_matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def vectors_of(
     `steps` lead to an earlier end; by default they are all steps.
     """
     stream = reader.stream()
-    weight = reader.model.W_U if stream.project_out is None else stream.project_out.mT
+    weight = unembed_matrix(reader.model) if stream.project_out is None else stream.project_out.mT
     about = (unit, selection or Selection(), steps is None)
     return Decomposition(reader, steps or stream.steps, Readout.identity(weight), [], *about)
 

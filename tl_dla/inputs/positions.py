@@ -62,6 +62,15 @@ class Positions:
         return replace(self, index=self.index[rows], valid=self.valid[rows])
 
 
+def slice_class() -> Any:
+    """TransformerLens's `Slice`, which TransformerLens 2 keeps elsewhere."""
+    try:
+        from transformer_lens.utilities import Slice
+    except ImportError:
+        from transformer_lens.utils import Slice
+    return Slice
+
+
 def read_positions(pos: Any, prompts: Prompts) -> Positions:
     """`pos` as TransformerLens's `Slice` reads it.
 
@@ -71,12 +80,7 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     Raises:
         TokenError: for a position that a prompt does not have.
     """
-    try:
-        from transformer_lens.utilities import Slice
-    except ImportError:  # TransformerLens 2
-        from transformer_lens.utils import Slice
-
-    if isinstance(pos, Slice):
+    if isinstance(pos, slice_class()):
         pos = pos.slice
     if isinstance(pos, tuple):
         pos = slice(*pos)

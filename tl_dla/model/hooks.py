@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
 
+_ROWS_AT_ONCE = 1024  # of a quantised weight
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -68,15 +70,18 @@ class Hooks:
         """A linear map's weight as `[in, out]`, and its bias.
 
         Raises:
-            UnsupportedModelError: where the weight is quantised or sharded; `needed_for` says what
-                asked for it.
+            UnsupportedModelError: where the weight is no matrix and the module does not say what it
+                maps; `needed_for` says what asked for it.
         """
         inner = unwrap(module)
         weight, bias = parameter(inner, "weight"), parameter(inner, "bias")
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            own = own_map(inner, next(p for p in self.model.parameters() if p.is_floating_point()))
+            if own is not None:
+                return own, bias
             raise self.refusal(
                 f"{needed_for} needs the weight of {at} as a matrix, but {class_name(inner)} in"
-                " {} holds it in another form (quantised or sharded)",
+                " {} holds it in another form",
                 'unit="component" and unit="layer" work.',
             )
         return weight if class_name(inner) == "Conv1D" else weight.mT, bias
@@ -112,7 +117,11 @@ def class_name(module: Any) -> str:
 
 
 def parameter(module: Any, name: str) -> Tensor | None:
-    """A weight or bias as it is used now, brought back from where `accelerate` offloaded it."""
+    """A weight or bias as it is used now.
+
+    Brought back from where `accelerate` offloaded it, and dequantised where a tensor class of its
+    own keeps it quantised (torchao).
+    """
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         return None
@@ -121,7 +130,27 @@ def parameter(module: Any, name: str) -> Tensor | None:
 
         with align_module_device(unwrap(module)):
             value = getattr(unwrap(module), name).clone()
-    return value.detach()
+    return (value.dequantize() if is_quantised(value) else value).detach()
+
+
+def is_quantised(weight: Any) -> bool:
+    """Whether a tensor class of its own keeps the weight quantised."""
+    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
+
+
+def own_map(module: Any, like: Tensor) -> Tensor | None:
+    """A linear module's weight as `[in, out]`, from what it makes of each coordinate alone.
+
+    For weights that are packed in a form of their own (bitsandbytes, GPTQ). None where the module
+    does not say how many numbers it reads.
+    """
+    n = getattr(module, "in_features", None)
+    if not isinstance(n, int):
+        return None
+    eye = torch.eye(n, dtype=like.dtype, device=like.device)
+    with torch.no_grad():
+        bias = module(torch.zeros_like(eye[:1]))
+        return torch.cat([module(rows) - bias for rows in eye.split(_ROWS_AT_ONCE)])
 
 
 # Hooks live on the model, which threads may share: one pass at a time.

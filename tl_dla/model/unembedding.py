@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model.hooks import compute_dtype
+from tl_dla.model.hooks import compute_dtype, is_quantised, parameter, unwrap
 from tl_dla.model.stream import Stream
 
 
@@ -24,6 +24,16 @@ def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, 
         return adapter.apply_output_logits_transform(logits)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+
+def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
+    """W_U, dequantised where the model keeps it quantised."""
+    inner = unwrap(model.unembed)
+    if is_quantised(getattr(inner, "weight", None)):
+        weight = parameter(inner, "weight")
+        assert weight is not None
+        return weight.mT
+    return model.W_U.detach()
 
 
 def is_linear(model: Any) -> bool:
@@ -40,7 +50,7 @@ def unembedding(
 
     The bias is None where the model has none, or only zeros.
     """
-    W_U, b_U = model.W_U.detach(), getattr(model, "b_U", None)
+    W_U, b_U = unembed_matrix(model), getattr(model, "b_U", None)
     dtype = compute_dtype(W_U.dtype)
     ids = ids.to(W_U.device)
     columns = W_U.mT[ids].to(dtype)
@@ -84,7 +94,7 @@ class Unembedding:
         if chunk_size < 1:
             raise ArgumentError(f"chunk_size must be at least 1; {chunk_size} was given.")
         self.model, self.stream, self.chunk_size = model, stream, chunk_size
-        self.W_U = model.W_U.detach()
+        self.W_U = unembed_matrix(model)
         bias = getattr(model, "b_U", None)
         self.b_U = None if bias is None or not bool(bias.any()) else bias.detach()
         self.d_vocab = self.W_U.shape[1]
