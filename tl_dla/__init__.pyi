@@ -19,6 +19,7 @@ from .attribution import direct_logit_attribution as direct_logit_attribution
 from .core.certificate import Reconstruction as Reconstruction
 from .core.readout import Readout as Readout
 from .core.run import required_hooks as required_hooks
+from .core.saved import load_result as load_result
 from .core.vectors import decompose as decompose
 from .datasets.dataset import attribute_dataset as attribute_dataset
 from .datasets.dataset import summarize as summarize

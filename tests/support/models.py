@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -114,9 +114,10 @@ _MERGES = [
 ]
 
 
-def spaced() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes and merges, whose tokens hold their leading space."""
-    pieces = Tokenizer(models.BPE({word: i for i, word in enumerate(_WORDS)}, _MERGES))
+def spaced(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and merges, whose tokens hold their leading space; `more` tokens."""
+    vocabulary = {word: i for i, word in enumerate([*_WORDS, *more])}
+    pieces = Tokenizer(models.BPE(vocabulary, _MERGES))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
     special = dict(bos_token="<s>", eos_token="</s>")

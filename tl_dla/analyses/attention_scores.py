@@ -33,8 +33,9 @@ from tl_dla.analyses.score_form import ScoreForm, Side, pairs_of
 from tl_dla.analyses.score_ledgers import AttentionAttribution
 from tl_dla.core.certificate import Check, Wanted, require_check
 from tl_dla.core.decomposition import Decomposition
+from tl_dla.core.numbers import Numbers, Subject
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import Attribution, Numbers, Subject
+from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import EPS32, score_sizes
 from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall

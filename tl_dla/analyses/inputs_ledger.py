@@ -15,7 +15,7 @@ removing a token change the logit by its row.
 See `tl_dla.core.way_back` for each line through the origin, with references.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,13 @@ _CAUSE = (
 )
 
 
+def _held_of(
+    held: Float[Tensor, "point batch pos candidate source"], part: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "point b p c source"]:
+    """What the stream holds, of a part of the result."""
+    return part(held.movedim(-1, 1)).movedim(1, -1)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class InputAttribution(Attribution):
     """What each token of the prompt, and each bias, wrote to a logit through everything.
@@ -67,7 +74,9 @@ class InputAttribution(Attribution):
         mlp: how gated MLPs are frozen.
     """
 
-    held: Float[Tensor, "point batch pos candidate source"] = field(kw_only=True)
+    held: Float[Tensor, "point batch pos candidate source"] = field(
+        kw_only=True, metadata={"part": _held_of}
+    )
     mlp: Rule = field(default="half", kw_only=True)
 
     @property

@@ -7,8 +7,8 @@ labels that were swapped, or two errors that cancel.
 
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +63,25 @@ class Reconstruction:
                 f"The rows add up to shape {tuple(self.reconstructed.shape)}, but {self.against}"
                 f" has {tuple(self.expected.shape)}: nothing was certified."
             )
+
+    def map(
+        self, f: Callable[[Tensor], Tensor], rests: Mapping[str, Float[Tensor, "..."]]
+    ) -> "Reconstruction":
+        """The certificate of a part of the result, or of its mean.
+
+        Args:
+            f: gives it, of tensors with an axis before those of the result.
+            rests: the `_rest` rows of that part.
+        """
+
+        def mapped(one: Reconstruction) -> Reconstruction:
+            sums = (one.expected, one.reconstructed, one.tolerance)
+            expected, reconstructed, tolerance = (f(x[None])[0] for x in sums)
+            return replace(one, expected=expected, reconstructed=reconstructed, tolerance=tolerance)
+
+        parts, own = {name: mapped(part) for name, part in self.parts.items()}, mapped(self)
+        left = unexplained(rests, own.tolerance)
+        return replace(own, parts=parts, unexplained=left, stacked=None)
 
     @property
     def error(self) -> Float[Tensor, "..."]:
@@ -242,25 +261,27 @@ def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Re
         values.abs().sum(0) * scale,
     )
     allowed = tolerance(sizes)
+    rests = {
+        key.label: added(rows.values[i]) for i, key in enumerate(rows.keys) if key.kind == "rest"
+    }
     return Reconstruction(
         query.shaped(targets.added(wanted.value)),
         added(values.sum(0)),
         allowed,
         wanted.against,
         parts,
-        _unexplained(rows, added, allowed),
+        unexplained(rests, allowed),
         wanted.unchecked,
         splits=tuple(dict.fromkeys(_SPLITS[check.parts_are] for check in rows.checks)),
         stacked=stacked,
     )
 
 
-def _unexplained(
-    rows: Rows, added: Callable[[Tensor], Tensor], allowed: Float[Tensor, "..."]
+def unexplained(
+    rests: Mapping[str, Float[Tensor, "..."]], allowed: Float[Tensor, "..."]
 ) -> dict[str, float]:
     """The `_rest` rows that are more than rounding, at their largest."""
-    rests = [(i, key.label) for i, key in enumerate(rows.keys) if key.kind == "rest"]
-    sizes = {label: added(rows.values[i]).abs() for i, label in rests}
+    sizes = {label: rest.abs() for label, rest in rests.items()}
     return {
         label: float(size.nan_to_num(0.0).max())
         for label, size in sizes.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_dla.core.decomposition import of_query
 from tl_dla.core.mean_logit import capped_mean
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import Attribution
+from tl_dla.core.result import Attribution, require_prompts
 from tl_dla.core.run import Run, again
 from tl_dla.core.taps import Kept, Tap, exact, recall
 from tl_dla.errors import ArgumentError
@@ -25,6 +25,7 @@ from tl_dla.model.unembedding import is_linear
 
 def readout_of(result: Attribution) -> Readout:
     """The readout of the final residual stream; see `DirectLogitAttribution.readout`."""
+    require_prompts(result)
     if result.path:
         raise ArgumentError("A path's rows are read out through its head, not from the stream.")
     if result.targets.candidates is not None:

@@ -1,23 +1,30 @@
 """`Attribution`: rows, labels, the model's own logit and the certificate. No activations."""
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core import saved, tidy
 from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify
+from tl_dla.core.choice import Average, Choice, read_choice
+from tl_dla.core.numbers import Hop, Numbers, Subject, compact
+from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
 from tl_dla.core.rows import RowKey, Rows
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.absent import require_alike
+from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.targets import Targets
-from tl_dla.inputs.tokens import Prompts, token_strings
+from tl_dla.inputs.tokens import Prompts
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
@@ -27,59 +34,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _SHOWN = 12
-
-
-@dataclass(frozen=True, eq=False)
-class Numbers:
-    """What a result was made of, token by token, before the tokens were added up.
-
-    Attributes:
-        rows: before the output transform; none where tokens were added up first.
-        ratio: the output transform, frozen: transformed / raw.
-        scale: of the final norm; 1 for a model without one.
-        logits: what the model returned; read out of the cache's final stream where none ran.
-        raw: the same before the output transform.
-        ran: whether the model ran, so that `logits` are its own.
-    """
-
-    rows: Float[Tensor, "row batch pos token"]
-    ratio: Float[Tensor, "batch pos token"]
-    scale: Float[Tensor, "batch pos"]
-    logits: Float[Tensor, "batch pos token"]
-    raw: Float[Tensor, "batch pos token"]
-    ran: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Hop:
-    """A head, and the source token of each prompt that it reads."""
-
-    layer: int
-    head: int
-    source: Int[Tensor, " batch"]
-
-    @property
-    def label(self) -> str:
-        """`L9H9←5`, or `L9H9←source` where it differs between prompts."""
-        places = self.source.unique().tolist()
-        return f"L{self.layer}H{self.head}←{places[0] if len(places) == 1 else 'source'}"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What rows add up to where that is no logit of target tokens, in words.
-
-    Attributes:
-        target: `L3H0: ' Mary' rather than ' John'`, where a logit has `' Mary' − ' John'`.
-        total: `model's own score`.
-        what: `score`, where others say `logit`.
-        units: `nats`, where others say `logits`.
-    """
-
-    target: str
-    total: str
-    what: str
-    units: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +52,7 @@ class Attribution:
         hops: the heads and source tokens whose row the rows split, in a result of
             `attribute_path`; `logit` is then what the last of them moved.
         subject: what the rows add up to where it is no logit, as in `attribute_attention`.
+        mean_over: what the values are the mean over, in words, in a result of `mean`.
     """
 
     values: Float[Tensor, "row batch pos candidate"]
@@ -109,6 +64,7 @@ class Attribution:
     numbers: Numbers = field(repr=False)
     hops: tuple[Hop, ...] = ()
     subject: Subject | None = None
+    mean_over: str = ""
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values):
@@ -148,6 +104,7 @@ class Attribution:
                 "the last reading and the biases are" if rows.constants else "the last reading is"
             )
             reconstruction = replace(reconstruction, claim=claim)
+        numbers = numbers.map(compact, compact)
         return cls(values, rows.keys, unit, reconstruction, query, selection, numbers, hops)
 
     # ---- what it is ----------------------------------------------------------------------------
@@ -258,28 +215,15 @@ class Attribution:
     @property
     def target(self) -> str:
         """What is attributed, in words: `' Paris' − ' London'`."""
-        if self.subject is not None:
-            return self.subject.target
-        ids = self.targets.ids
-        if self.targets.candidates is not None:
-            return f"{len(self.targets.candidates)} candidate tokens"
-        if ids.shape[:2] != (1, 1):
-            return "each prompt's own answer"
-        names = [repr(name) for name in token_strings(self.model, ids.flatten())]
-        if self.targets.mean_of_vocab:
-            names.append("mean of the vocabulary")
-        if len(names) == 1:
-            return names[0]
-        others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
-        return f"{names[0]} − {others}"
+        return tidy.target_words(self.query) if self.subject is None else self.subject.target
 
     @property
     def total(self) -> str:
         """What the rows add up to, in words."""
-        if self.subject is not None:
-            return self.subject.total
         if self.hops:
             return f"row {self.path[-1]}"
+        if self.subject is not None:
+            return self.subject.total
         return "model's own logit" if self.include_bias else "logit without biases"
 
     @property
@@ -299,7 +243,7 @@ class Attribution:
         k: int = 5,
         *,
         kind: Kind | None = None,
-        by: Literal["value", "magnitude", "contrast"] = "value",
+        by: By = "value",
         largest: bool = True,
         prompt: int | None = None,
         position: int | None = None,
@@ -324,33 +268,11 @@ class Attribution:
             ArgumentError: for a kind, a ranking or a choice that the result does not have.
         """
         rows = rows_to_rank(self.kinds, kind, k, by)
-        values = self.contrast_values if by == "contrast" else self.values
-        values = self._chosen(values[rows], prompt, position, candidate)
+        values = self.contrast_values if by == "contrast" else self._existing
+        values = read_choice(self.query, prompt, position, candidate).values(values[rows])
         if by == "contrast" and candidate is None:
-            values = values.gather(
-                -1,
-                values.abs()
-                .nan_to_num(0)
-                .mean((1, 2), keepdim=True)
-                .argmax(-1, keepdim=True)
-                .expand(*values.shape[:-1], 1),
-            )
-        means = values.reshape(len(rows), -1).nanmean(1).cpu()
-        order = (means.abs() if by != "value" else means).argsort(descending=largest, stable=True)
-        return [(self.labels[rows[i]], float(means[i])) for i in order[:k].tolist()]
-
-    def _chosen(
-        self,
-        values: Float[Tensor, "row batch pos candidate"],
-        prompt: int | None,
-        position: int | None,
-        candidate: str | int | None,
-    ) -> Float[Tensor, "row chosen_batch chosen_pos chosen_candidate"]:
-        """The values of one prompt, position or candidate; NaN where a prompt has no position."""
-        values = torch.where(self.positions.valid.to(values.device)[..., None], values, torch.nan)
-        for axis, index in enumerate(self.places(prompt, position, candidate), 1):
-            values = values if index is None else values.narrow(axis, index, 1)
-        return values
+            values = loudest(values)
+        return ranked(values, [self.labels[row] for row in rows], k, by, largest=largest)
 
     def places(
         self, prompt: int | None, position: int | None, candidate: str | int | None
@@ -360,19 +282,121 @@ class Attribution:
         Raises:
             ArgumentError: for one that the result does not have.
         """
-        if isinstance(candidate, str):
-            names = self.targets.candidates or ()
-            if candidate not in names:
-                raise ArgumentError(
-                    f"candidate must be one of {', '.join(map(repr, names)) or 'none here'}, or its"
-                    f" index; {candidate!r} was given."
-                )
-            candidate = names.index(candidate)
-        return (
-            _within("prompt", prompt, self.values.shape[1]),
-            _within("position", position, self.values.shape[2]),
-            _within("candidate", candidate, self.values.shape[3]),
+        chosen = read_choice(self.query, prompt, position, candidate)
+        return chosen.prompt, chosen.position, chosen.candidate
+
+    @property
+    def _existing(self) -> Float[Tensor, "row batch pos candidate"]:
+        """The values, NaN where a prompt has no such position."""
+        return self.query.with_axes(self.attribution)
+
+    # ---- a part of it, and the mean ------------------------------------------------------------
+
+    def select(
+        self,
+        *,
+        prompt: int | None = None,
+        position: int | None = None,
+        candidate: str | int | None = None,
+    ) -> "Self":
+        """The result of one prompt, position or candidate: what the question gives alone.
+
+        A chosen prompt leaves a batch of one, with the positions that it has; a chosen position or
+        candidate leaves no such axis.
+
+        Args:
+            prompt: which prompt of a batch.
+            position: which of the attributed positions, an index into them.
+            candidate: which candidate token, by its text or its index.
+
+        Raises:
+            ArgumentError: for one that the result does not have.
+
+        Example:
+            >>> from tl_dla import direct_logit_attribution, load_model
+            >>> prompts = ["The Eiffel Tower is in the city of", "The Colosseum is in the city of"]
+            >>> answers = [" Paris", " Rome"]
+            >>> result = direct_logit_attribution(load_model("demo"), prompts, answers)
+            >>> result.select(prompt=1).target
+            "' Rome'"
+        """
+        chosen = read_choice(self.query, prompt, position, candidate)
+        hops = self.hops
+        if chosen.prompt is not None:
+            hops = tuple(replace(hop, source=hop.source[[chosen.prompt]]) for hop in hops)
+        return self._of(chosen, hops, self.mean_over)
+
+    def mean(self) -> "Self":
+        """The mean over prompts and positions, those that exist: rows of the mean logit.
+
+        It has no prompt of its own, so what runs the model is asked of the result itself.
+        """
+        average = Average(self.query)
+        return self if self.mean_over else self._of(average, (), average.words)
+
+    def _of(self, part: Choice | Average, hops: tuple[Hop, ...], mean_over: str) -> "Self":
+        """A part, less the rows of source tokens that none of its positions sees."""
+        query = part.query
+        last = int(query.positions.index[query.positions.valid].max())
+        rows = [
+            i
+            for i, key in enumerate(self.keys)
+            if mean_over or key.source is None or key.source <= last
+        ]
+        more = {
+            own.name: own.metadata["part"](getattr(self, own.name), part.values)
+            for own in dataclasses.fields(self)
+            if "part" in own.metadata
+        }
+        rests = {
+            key.label: part.shown(self.attribution[[i]])[0]
+            for i, key in enumerate(self.keys)
+            if key.kind == "rest"
+        }
+        return replace(
+            self,
+            values=part.values(self.values[rows]),
+            keys=[self.keys[i] for i in rows],
+            query=query,
+            numbers=part.numbers(self.numbers.of_rows(rows)),
+            reconstruction=self.reconstruction.map(part.shown, rests),
+            hops=hops,
+            mean_over=mean_over,
+            **more,
         )
+
+    # ---- kept ----------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of memory the result holds, the model aside."""
+        return saved.nbytes(self)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Keep the result in one file, without the model; `load_result` reads it again.
+
+        Args:
+            path: of the file, such as `"paris.safetensors"`; one that exists is replaced.
+
+        Raises:
+            ArgumentError: where there is no such folder.
+        """
+        return saved.save(self, path)
+
+    def with_model(self, model: Any) -> "Self":
+        """A result that was loaded or unpickled, with its model again.
+
+        Raises:
+            ArgumentError: for a model of other sizes. Whether its weights are those that the result
+                was made of is seen when it runs.
+        """
+        model = require_model(model)
+        require_alike(self.model, model)
+        return replace(self, query=replace(self.query, model=model))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: the fields, and nothing that is computed from them."""
+        return {own.name: getattr(self, own.name) for own in dataclasses.fields(self)}
 
     # ---- candidates ----------------------------------------------------------------------------
 
@@ -407,40 +431,7 @@ class Attribution:
         there are several, `attribution`, `logit` (the model's own) and `share` (attribution /
         logit). Rows of source tokens also say which: `source` (its position) and `source_token`.
         """
-        import pandas as pd
-
-        values = self.values.detach().cpu().numpy()
-        logit = self.query.with_axes(self.logit[None])[0]
-        names = self.targets.candidates or ("",)
-        packed = self.prompts.packed
-        lines = []
-        for b, p in self.positions.valid.nonzero().tolist():
-            position = int(self.positions.index[b, p])
-            known = self.has_tokens
-            token = token_strings(self.model, packed[b, position][None])[0] if known else ""
-            for c, name in enumerate(names):
-                frame = pd.DataFrame(
-                    {
-                        "label": self.labels,
-                        "kind": self.kinds,
-                        "layer": pd.array(self.layers, dtype="Int64"),
-                        "prompt": b,
-                        "position": position,
-                        "token": token,
-                        "attribution": values[:, b, p, c],
-                        "logit": float(logit[b, p, c]),
-                    }
-                )
-                if self.targets.candidates:
-                    frame.insert(6, "candidate", name)
-                if any(source is not None for source in self.sources):
-                    frame["source"] = pd.array(self.sources, dtype="Int64")
-                    texts = token_strings(self.model, packed[b])
-                    frame["source_token"] = [None if s is None else texts[s] for s in self.sources]
-                lines.append(frame)
-        table = pd.concat(lines, ignore_index=True)
-        table["share"] = table["attribution"] / table["logit"]
-        return table
+        return tidy.dataframe(self)
 
     def plot(
         self,
@@ -491,31 +482,6 @@ class Attribution:
         return self
 
 
-def _within(name: str, index: int | None, n: int) -> int | None:
-    if index is None:
-        return None
-    if not -n <= index < n:
-        raise ArgumentError(f"{name} must be one of the result's {n}; {index} was given.")
-    return index % n
-
-
-def rows_to_rank(kinds: Sequence[Kind], kind: Kind | None, k: int, by: str) -> list[int]:
-    """The rows that `top` ranks: all, or those of one kind.
-
-    Raises:
-        ArgumentError: for an unknown kind or ranking, or k below 1.
-    """
-    if by not in ("value", "magnitude", "contrast"):
-        raise ArgumentError(f'by must be "value", "magnitude" or "contrast"; {by!r} was given.')
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
-    rows = [i for i, own in enumerate(kinds) if kind is None or own == kind]
-    if not rows:
-        present = ", ".join(sorted(set(kinds)))
-        raise ArgumentError(f"No row is of kind {kind!r}; the kinds here are {present}.")
-    return rows
-
-
 def require_heads(result: Attribution) -> None:
     """Raise unless the result has head rows."""
     if "head" not in result.kinds:
@@ -526,8 +492,18 @@ def require_heads(result: Attribution) -> None:
 
 def require_input(result: Attribution) -> None:
     """Raise unless the model can be run again on the result's prompts."""
+    require_prompts(result)
     if not result.has_tokens:
         raise ArgumentError(
             "The result was made from a cache without its input, and the model must run again:"
             " pass the prompts as `input` beside the cache."
+        )
+
+
+def require_prompts(result: Attribution) -> None:
+    """Raise for a mean, which no run of the model gives."""
+    if result.mean_over:
+        raise ArgumentError(
+            f"The result is a mean over {result.mean_over}, which no run of the model gives: ask"
+            " the result that the mean was taken of, or its select(prompt=…)."
         )

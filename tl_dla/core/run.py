@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_dla.core.certificate import Wanted
 from tl_dla.core.decomposition import Decomposition, logit_readout, of_query
 from tl_dla.core.mean_logit import Mean, capped_mean
-from tl_dla.core.result import Attribution, Numbers, require_input
+from tl_dla.core.numbers import Numbers
+from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.rounding import rerun_tolerance
 from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall

@@ -1,5 +1,6 @@
 """The view of a result: its numbers and words as figures, tables and pages show them."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import Tensor
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.view import Sample, View, Words
+from tl_dla.inputs.absent import AbsentModel
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.text import pieces, text_of
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import Kind, ResidPoint, Write
+from tl_dla.model.stream import Kind
 
 
 @runtime_checkable
@@ -47,9 +49,8 @@ class Shown(Protocol):
     def what(self) -> str: ...  # noqa: D102
     @property
     def units(self) -> str: ...  # noqa: D102
-
-
-_WRITERS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
+    @property
+    def mean_over(self) -> str: ...  # noqa: D102
 
 
 def view_of(result: Shown, prompt: int | None = None, candidate: str | int | None = None) -> View:
@@ -122,6 +123,8 @@ def _candidate(names: list[str], candidate: str | int) -> int:
 def _samples(result: Shown, places: list[tuple[int, int]]) -> list[Sample]:
     """A sample for each prompt and attributed position."""
     index = result.query.positions.index
+    if result.mean_over:
+        return [Sample(0, 0, mean_over=result.mean_over)]
     if not result.query.has_tokens:
         return [Sample(b, int(index[b, p])) for b, p in places]
     prompts = {b for b, _ in places}
@@ -156,16 +159,8 @@ def _words(result: Shown) -> Words:
     )
 
 
-def _writers(model: Any) -> dict[str, str]:
+def _writers(model: Any) -> Mapping[str, str]:
     """What wrote to the stream since the point before, for each point of it."""
-    if model is None:
-        return {}
-    written: dict[str, str] = {}
-    kinds: list[str] = []
-    for step in ModelReader(model).stream().steps:
-        if isinstance(step, Write):
-            kinds.append(_WRITERS.get(step.kind, step.kind))
-        elif isinstance(step, ResidPoint):
-            written[step.label] = " and ".join(dict.fromkeys(kinds)) or "norm"
-            kinds = []
-    return written
+    if isinstance(model, AbsentModel):
+        return model.writers
+    return {} if model is None else ModelReader(model).stream().writers

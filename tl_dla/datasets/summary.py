@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.result import rows_to_rank
+from tl_dla.core.ranking import rows_to_rank
 from tl_dla.datasets.shards import RowNames, Shard
 from tl_dla.datasets.statistics import RowStatistics, Sums
 from tl_dla.errors import ArgumentError

@@ -105,6 +105,8 @@ def _caption(view: View, shown: int, k: int | None) -> str:
         which += " in the order of the stream"
     over = ["prompts"] * (view.n_prompts > 1) + ["positions"] * view.several_positions
     mean = f", mean over {' and '.join(over)}" if over else ""
+    if view.samples[0].mean_over:
+        mean = f", {view.names[0]}"
     return f"{which} ({view.words.units}{mean})"
 
 

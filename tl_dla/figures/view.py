@@ -19,14 +19,20 @@ from tl_dla.figures.text import safe, shorten
 
 @dataclass(frozen=True)
 class Sample:
-    """One attributed position of one prompt, with its token and the prompt's text where known."""
+    """One attributed position of one prompt, with its token and the prompt's text where known.
+
+    `mean_over` is what a mean was taken over, of which the values then are.
+    """
 
     prompt: int
     position: int
     token: str | None = None
     text: str = ""
+    mean_over: str = ""
 
     def __str__(self) -> str:
+        if self.mean_over:
+            return f"mean over {self.mean_over}"
         token = "" if self.token is None else f" {self.token!r}"
         text = f": {shorten(self.text)}" if self.text else ""
         return f"prompt {self.prompt}, position {self.position}{token}{text}"

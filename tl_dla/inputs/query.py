@@ -1,5 +1,6 @@
 """`Query`: a question made precise: which model, which prompts, which positions, which logits."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.inputs.absent import without_weights
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.targets import Targets
 from tl_dla.inputs.tokens import Prompts
@@ -26,6 +28,22 @@ class Query:
     targets: Targets
     include_bias: bool = True
     has_batch: bool = True
+
+    def without_model(self) -> "Query":
+        """The same with what tables and figures need of the model in its place."""
+        return replace(self, model=without_weights(self.model, self.prompts, self.targets.ids))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled without the model's weights."""
+        return vars(self.without_model())
+
+    def __copy__(self) -> "Query":
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Query":
+        """Of the same model, which is not copied."""
+        own = {name: deepcopy(x, memo) for name, x in vars(self).items() if name != "model"}
+        return Query(self.model, **own)
 
     def part(self, rows: slice) -> "Query":
         """The same of some of the prompts, padded as all of them are."""

@@ -235,7 +235,7 @@ def _token_rows(model: Any, tokens: Tensor) -> Int[Tensor, "batch pos"]:
             "Prompts as tokens must be integers [pos] or [batch, pos] with at least one token;"
             f" a {tokens.dtype} tensor of shape {tuple(tokens.shape)} was given."
         )
-    return tokens.long().to(device_of(model))
+    return tokens.long().to(device_of(model), copy=True)  # what the user does to theirs is theirs
 
 
 def _from_tokens(model: Any, tokens: Tensor) -> Prompts:

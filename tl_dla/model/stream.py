@@ -65,6 +65,7 @@ _UNHOOKED_WRITERS: tuple[tuple[str, str, Kind], ...] = (
 # Unhooked modules that add positions to the embeddings.
 _POSITION_MODULES = ("embed_positions", "position_embeddings", "wpe")
 
+_IN_WORDS = {"attn": "attention", "mlp": "MLP", "ssm": "state space"}
 
 FINAL = "final_post"
 
@@ -142,6 +143,19 @@ class Stream:
     def points(self) -> list[ResidPoint]:
         """The places where the stream can be seen."""
         return [step for step in self.steps if isinstance(step, ResidPoint)]
+
+    @property
+    def writers(self) -> dict[str, str]:
+        """What wrote to the stream since the point before, in words, for each point's label."""
+        written: dict[str, str] = {}
+        kinds: list[str] = []
+        for step in self.steps:
+            if isinstance(step, Write):
+                kinds.append(_IN_WORDS.get(step.kind, step.kind))
+            elif isinstance(step, ResidPoint):
+                written[step.label] = " and ".join(dict.fromkeys(kinds)) or "norm"
+                kinds = []
+        return written
 
 
 class StreamReader:

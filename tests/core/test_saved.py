@@ -1,0 +1,214 @@
+"""A result is kept, pickled and copied without its model, and shows what it showed."""
+
+import copy
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from tests.support.models import either, load, spaced, with_tokenizer
+from tests.zoo.build import ANSWERS, INCORRECT, tokens
+from tl_dla import attribute_path, direct_logit_attribution, load_model, load_result
+from tl_dla.core import saved
+from tl_dla.core.view import prompt_tokens
+from tl_dla.effects.interventions import ablate
+from tl_dla.errors import ArgumentError
+
+TEXTS = ["w5 w7 w9 w31 w30", "w8 w6", "w40 w41 w42 w8"]
+
+
+def kept(how, result, folder):
+    if how == "file":
+        return load_result(result.save(folder / "result.safetensors"))
+    return pickle.loads(pickle.dumps(result))
+
+
+def shown(result):
+    """Everything that a user reads off a result."""
+    k = 10**6
+    return [
+        repr(result),
+        result._repr_html_(),
+        result.plot().to_json(),
+        result.to_dataframe().to_csv(),
+        result.top(k, by="magnitude"),
+        str(result.reconstruction),
+        result.path,
+    ]
+
+
+RESULTS = {
+    unit: lambda model, unit=unit: direct_logit_attribution(
+        model, TEXTS, [5, 9, 11], 7, unit=unit, pos=None
+    )
+    for unit in ("component", "layer", "head", "neuron", "source")
+} | {
+    "candidates": lambda model: direct_logit_attribution(
+        model, tokens(), candidate_tokens=["w5", "w7"], incorrect_tokens="mean"
+    ),
+    "one": lambda model: direct_logit_attribution(model, "w5 w6", "w7", unit="head"),
+    "path": lambda model: attribute_path(
+        direct_logit_attribution(model, tokens(), 5, unit="source"), "L1H0", 1
+    ),
+    "mean": lambda model: direct_logit_attribution(model, TEXTS, 5).mean(),
+    "cache": lambda model: direct_logit_attribution(
+        model, None, 5, cache=model.run_with_cache(tokens())[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["file", "pickle"])
+@pytest.mark.parametrize("name", RESULTS)
+def test_it_shows_what_it_showed(name, how, tmp_path):
+    result = RESULTS[name](load("gpt2"))
+    again = kept(how, result, tmp_path)
+    assert type(again) is type(result)
+    assert shown(again) == shown(result)
+    assert again.keys == result.keys and again.selection == result.selection
+    for own, other in zip(vars(result.numbers).values(), vars(again.numbers).values(), strict=True):
+        assert own is other or torch.equal(own, other)
+    assert shown(kept(how, again, tmp_path)) == shown(result)  # kept once more, without a model
+    part = again.select(prompt=0) if name not in ("mean",) else again
+    assert shown(kept(how, part, tmp_path)) == shown(part)
+
+
+@pytest.mark.parametrize("name", either("gpt2", "ln"))
+def test_no_weights_are_kept(name, tmp_path):
+    model = load(name)
+    result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, unit="head")
+    text, path = pickle.dumps(result), result.save(tmp_path / "result.safetensors")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    for size in (len(text), path.stat().st_size):
+        assert result.nbytes < size < result.nbytes + 20_000 < weights / 4
+
+
+def test_letters_of_several_tokens_are_kept_too():
+    """`é` is two tokens of a byte each, which no token spells alone."""
+    model = with_tokenizer("gpt2", spaced("Ã ©".split()))
+    result = direct_logit_attribution(model, "cat é", 5, pos=None, check="off")
+    again = pickle.loads(pickle.dumps(result))
+    assert prompt_tokens(again, 0) == prompt_tokens(result, 0)
+    assert "⟨C3⟩" in prompt_tokens(again, 0) and shown(again) == shown(result)
+
+
+def test_a_copy_has_the_same_model():
+    model = load("gpt2")
+    result = direct_logit_attribution(model, tokens(), ANSWERS)
+    for copied in (copy.deepcopy(result), copy.copy(result)):
+        assert copied.model is model and shown(copied) == shown(result)
+        assert_close(without_embed(copied), without_embed(result))
+    assert copy.deepcopy(result).values.data_ptr() != result.values.data_ptr()
+
+
+@pytest.mark.parametrize("how", ["file", "pickle"])
+def test_what_needs_the_model_asks_for_it(how, tmp_path):
+    model = load("gpt2")
+    result = direct_logit_attribution(model, tokens(), ANSWERS, unit="head")
+    again = kept(how, result, tmp_path)
+    for runs in (
+        lambda r: r.audit(2, progress=False),
+        lambda r: r.promoted_tokens("L1H2", prompt=0),
+        lambda r: r.readout,
+        lambda r: ablate(r, ["L1H2"]),
+        lambda r: attribute_path(r, "L1H0", 0),
+    ):
+        with pytest.raises(ArgumentError, match=r"without its model.*result\.with_model\(model\)"):
+            runs(again)
+        runs(again.with_model(model))
+    assert_close(without_embed(again.with_model(model)), without_embed(result))
+
+
+def without_embed(result):
+    return ablate(result, ["embed"])["embed"].attribution
+
+
+def test_the_model_given_back_must_be_the_one(tmp_path):
+    result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)
+    path = result.save(tmp_path / "result.safetensors")
+    with pytest.raises(
+        ArgumentError,
+        match="of another model .*GPT2LMHeadModel.*its n_layers is 3, that of the model given is 4",
+    ):
+        load_result(path, load_model("demo"))
+    other = load.__wrapped__("gpt2")
+    with torch.no_grad():
+        other.blocks[1].mlp.W_out.mul_(2)
+    with pytest.raises(ArgumentError, match="does not give its logits again"):
+        ablate(load_result(path, other), ["embed"])
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    """What fails in the middle leaves the file as it was."""
+    result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)
+    path = result.save(tmp_path / "result.safetensors")
+    before = path.read_bytes()
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        result.mean().save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_result_is_one_sentence(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ArgumentError, match="There is no file .*x.safetensors"):
+        load_result(path)
+    path.write_bytes(b"not a file of tensors at all")
+    with pytest.raises(ArgumentError, match="is no saved result, or is damaged"):
+        load_result(path)
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ArgumentError, match="holds tensors, but no result"):
+        load_result(path)
+    save_file({}, path, metadata={"tl_dla": json.dumps({"format": 99, "result": None})})
+    with pytest.raises(ArgumentError, match="of format 99; this release reads 1"):
+        load_result(path)
+    result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)
+    whole = result.save(path).read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ArgumentError, match="is no saved result, or is damaged"):
+        load_result(path)
+    for place in (tmp_path, tmp_path / "missing" / "x"):
+        with pytest.raises(ArgumentError, match="it must name a file"):
+            result.save(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "tl_dla.core.saved:importlib", "tl_dla.core.saved:load"]
+)
+def test_a_file_names_no_code(name, tmp_path):
+    path = tmp_path / "x.safetensors"
+    tree = {"format": 1, "result": {name: ["echo"]}}
+    save_file({}, path, metadata={"tl_dla": json.dumps(tree)})
+    with pytest.raises(ArgumentError, match=f"The file names '{name}'"):
+        load_result(path)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_holds_its_numbers_and_no_more(name):
+    """No tensor is a view of something larger, such as an activation."""
+    result = RESULTS[name](load("gpt2"))
+    tensors = []
+
+    def visit(x):
+        if isinstance(x, torch.Tensor):
+            tensors.append(x)
+        for one in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ():
+            visit(one)
+        if hasattr(x, "__dataclass_fields__"):
+            visit(vars(x))
+
+    visit(result)
+    numbers = sum(x.numel() * x.element_size() for x in tensors)
+    assert result.nbytes <= numbers
+    assert saved.nbytes(torch.zeros(1000)[:2]) == 4000

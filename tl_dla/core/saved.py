@@ -1,0 +1,166 @@
+"""A result as a file, and back: tensors as safetensors, everything else as JSON in its header.
+
+A file holds no code and no weights. Of the model it keeps the text of the result's tokens
+(`AbsentModel`), so a loaded result shows, plots and is indexed as before; what needs the model
+asks for it.
+"""
+
+import dataclasses
+import importlib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tl_dla.core.files import aside
+from tl_dla.errors import ArgumentError
+from tl_dla.inputs.query import Query
+
+_FORMAT = 1
+_HEADER = "tl_dla"
+
+
+def save(result: Any, path: str | PathLike[str]) -> Path:
+    """Write a result to one file; returns its path.
+
+    Raises:
+        ArgumentError: where there is no such folder.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ArgumentError(f"The result cannot be written to {str(path)!r}: it must name a file.")
+    tensors: dict[str, Tensor] = {}
+    tree = {"format": _FORMAT, "result": _encoded(result, tensors)}
+    with aside(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(tree, separators=(",", ":"))})
+    return path
+
+
+def load(path: str | PathLike[str]) -> Any:
+    """The result that `save` wrote, on the CPU and without its model.
+
+    Raises:
+        ArgumentError: for a file that is not there, is damaged, or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ArgumentError(f"There is no file {str(path)!r} to load a result from.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArgumentError(f"{str(path)!r} is no saved result, or is damaged: {error}.") from error
+    if _HEADER not in header:
+        raise ArgumentError(f"{str(path)!r} holds tensors, but no result saved by result.save.")
+    tree = json.loads(header[_HEADER])
+    if tree["format"] != _FORMAT:
+        raise ArgumentError(
+            f"{str(path)!r} is a result of format {tree['format']}; this release reads {_FORMAT}."
+        )
+    return _decoded(tree["result"], tensors)
+
+
+def load_result(path: str | PathLike[str], model: Any = None) -> Any:
+    """A result that was kept with `result.save(path)`.
+
+    Args:
+        path: the file.
+        model: the model that the result is of, for what runs it again; without it the result shows,
+            plots and compares its numbers, and says so where it needs the model.
+
+    Raises:
+        ArgumentError: for a file that holds no result, or a model of other sizes.
+
+    Example:
+        >>> import tempfile
+        >>> from tl_dla import direct_logit_attribution, load_model, load_result
+        >>> model = load_model("demo")
+        >>> result = direct_logit_attribution(model, "The Eiffel Tower is in the city of", " Paris")
+        >>> path = result.save(f"{tempfile.mkdtemp()}/paris.safetensors")
+        >>> load_result(path).top(1) == result.top(1)
+        True
+    """
+    result = load(path)
+    return result if model is None else result.with_model(model)
+
+
+def nbytes(result: Any) -> int:
+    """The bytes of all memory that a result's tensors keep alive, each counted once."""
+    held: dict[int, int] = {}
+
+    def visit(x: Any) -> None:
+        if isinstance(x, Tensor):
+            storage = x.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(x, dict | list | tuple):
+            for one in x.values() if isinstance(x, dict) else x:
+                visit(one)
+        elif dataclasses.is_dataclass(x):
+            visit(vars(x))
+
+    visit(result)
+    return sum(held.values())
+
+
+def _encoded(x: Any, tensors: dict[str, Tensor]) -> Any:
+    """As JSON: one key names what JSON cannot tell apart, or the class; tensors are set aside."""
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    if isinstance(x, Tensor):
+        name = str(len(tensors))
+        tensors[name] = x.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(x, list):
+        return [_encoded(one, tensors) for one in x]
+    if isinstance(x, dict):
+        return {"dict": {key: _encoded(one, tensors) for key, one in x.items()}}
+    if type(x) is tuple:
+        return {"tuple": [_encoded(one, tensors) for one in x]}
+    x = x.without_model() if isinstance(x, Query) else x
+    if isinstance(x, tuple):  # a NamedTuple
+        return {_name(x): [_encoded(one, tensors) for one in x]}
+    if dataclasses.is_dataclass(x):
+        fields = {f.name: _encoded(getattr(x, f.name), tensors) for f in dataclasses.fields(x)}
+        return {_name(x): fields}
+    raise TypeError(f"A {type(x).__name__} cannot be saved.")
+
+
+def _decoded(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(x, list):
+        return [_decoded(one, tensors) for one in x]
+    if not isinstance(x, dict):
+        return x
+    ((name, inner),) = x.items()
+    if name == "tensor":
+        return tensors[inner]
+    if name == "dict":
+        return {key: _decoded(one, tensors) for key, one in inner.items()}
+    if name == "tuple":
+        return tuple(_decoded(one, tensors) for one in inner)
+    cls = _class(name)
+    if isinstance(inner, list):
+        return cls(*(_decoded(one, tensors) for one in inner))
+    return cls(**{key: _decoded(one, tensors) for key, one in inner.items()})
+
+
+def _name(x: Any) -> str:
+    return f"{type(x).__module__}:{type(x).__qualname__}"
+
+
+def _class(name: str) -> Any:
+    """A value class of this package, and of no other: a file runs no code."""
+    module, _, own = name.partition(":")
+    cls = None
+    if module.startswith(f"{_HEADER}."):
+        cls = getattr(importlib.import_module(module), own, None)
+    values = isinstance(cls, type) and (dataclasses.is_dataclass(cls) or issubclass(cls, tuple))
+    if not values:
+        raise ArgumentError(f"The file names {name!r}, which this release does not know.")
+    return cls

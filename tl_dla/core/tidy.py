@@ -1,0 +1,74 @@
+"""A result as a tidy table, and what is attributed, in words."""
+
+from typing import TYPE_CHECKING, Protocol
+
+from tl_dla.core.view import Shown
+from tl_dla.inputs.query import Query
+from tl_dla.inputs.tokens import token_strings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Tabled(Shown, Protocol):
+    """What has a table: what can be shown, and each row's source token."""
+
+    @property
+    def sources(self) -> list[int | None]: ...  # noqa: D102
+
+
+def dataframe(result: Tabled) -> "pd.DataFrame":
+    """A line per row × prompt × position (× candidate); see `Attribution.to_dataframe`."""
+    import pandas as pd
+
+    query = result.query
+    values = result.values.detach().cpu().numpy()
+    logit = query.with_axes(result.logit[None])[0]
+    names = query.targets.candidates or ("",)
+    packed, alone = query.prompts.packed, not result.mean_over
+    lines = []
+    for b, p in query.positions.valid.nonzero().tolist():
+        position = int(query.positions.index[b, p])
+        known = query.has_tokens
+        token = token_strings(query.model, packed[b, position][None])[0] if known else ""
+        for c, name in enumerate(names):
+            frame = pd.DataFrame(
+                {
+                    "label": result.labels,
+                    "kind": result.kinds,
+                    "layer": pd.array(result.layers, dtype="Int64"),
+                    "prompt": b if alone else pd.NA,
+                    "position": position if alone else pd.NA,
+                    "token": token,
+                    "attribution": values[:, b, p, c],
+                    "logit": float(logit[b, p, c]),
+                }
+            )
+            if query.targets.candidates:
+                frame.insert(6, "candidate", name)
+            if any(source is not None for source in result.sources):
+                frame["source"] = pd.array(result.sources, dtype="Int64")
+                texts = token_strings(query.model, packed[b]) if known else [""] * packed.shape[1]
+                frame["source_token"] = [
+                    None if s is None else texts[s] if alone else "" for s in result.sources
+                ]
+            lines.append(frame)
+    table = pd.concat(lines, ignore_index=True)
+    table["share"] = table["attribution"] / table["logit"]
+    return table
+
+
+def target_words(query: Query) -> str:
+    """What is attributed: `' Paris' − ' London'`."""
+    targets = query.targets
+    if targets.candidates is not None:
+        return f"{len(targets.candidates)} candidate tokens"
+    if targets.ids.shape[:2] != (1, 1):
+        return "each prompt's own answer"
+    names = [repr(name) for name in token_strings(query.model, targets.ids.flatten())]
+    if targets.mean_of_vocab:
+        names.append("mean of the vocabulary")
+    if len(names) == 1:
+        return names[0]
+    others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"
+    return f"{names[0]} − {others}"
