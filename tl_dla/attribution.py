@@ -10,7 +10,7 @@ wrote *directly*: nothing about what later parts made of it, nor what removing i
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -21,6 +21,7 @@ from tl_dla.core.final_readout import readout_of
 from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, run
+from tl_dla.core.view import view_of
 from tl_dla.effects.audit import Audit, audit
 from tl_dla.effects.interventions import Group
 from tl_dla.effects.substitutes import Ablation, At
@@ -35,6 +36,9 @@ from tl_dla.inputs.targets import Answers, read_targets, require_answer
 from tl_dla.inputs.tokens import Input, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
 from tl_dla.report.page import Explorer, Shown, page_of, write_report
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 class DirectLogitAttribution(Attribution):
@@ -73,6 +77,67 @@ class DirectLogitAttribution(Attribution):
                 `position` is needed.
         """
         return promoted_tokens(self, label, k, prompt=prompt, position=position)
+
+    def plot_profile(
+        self,
+        *,
+        layers: Sequence[int] | int | None = None,
+        contrast: bool = False,
+        prompt: int | None = None,
+        candidate: str | int | None = None,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """What the rows wrote, along the stream: a line for each candidate, or the mean of prompts.
+
+        Args:
+            layers: a zoom on the rows of these layers; negative ones count from the end.
+            contrast: what a row says of a candidate and not of all: less its mean over them.
+            prompt: only this prompt of a batch.
+            candidate: only this one of several candidate tokens, by its text or its index.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels; as high as what is drawn by default.
+
+        Raises:
+            ArgumentError: for what the result does not have, or a contrast of one candidate.
+        """
+        from tl_dla.figures.charts import Look
+        from tl_dla.figures.lines import profile
+
+        look = Look(title, width, height)
+        return profile(view_of(self, prompt, candidate), layers, contrast, look)
+
+    def plot_sources(
+        self,
+        *,
+        prompt: int | None = None,
+        candidate: str | int | None = None,
+        k: int = 40,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """Head × source token, of a `unit="source"` result: what each head moved from each token.
+
+        A line for each head and candidate; several prompts are their mean, token by token.
+
+        Args:
+            prompt: only this prompt of a batch.
+            candidate: only this one of several candidate tokens, by its text or its index.
+            k: how many lines, those that moved most.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels; as high as what is drawn by default.
+
+        Raises:
+            ArgumentError: for a result without rows of source tokens, or k < 1.
+        """
+        from tl_dla.figures.charts import Look
+        from tl_dla.figures.source_map import source_map
+
+        return source_map(view_of(self, prompt, candidate), k, Look(title, width, height))
 
     def audit(
         self,

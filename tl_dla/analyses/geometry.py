@@ -23,6 +23,7 @@ from tl_dla.model.unembedding import unembed_matrix, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,34 @@ class UnembeddingPCA:
         for i, column in enumerate(self.coordinates.T.tolist()):
             table[f"PC{i + 1}"] = column
         return table
+
+    def plot(
+        self,
+        *,
+        connect: bool = True,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """The tokens in the plane of the first two components, each by its name.
+
+        Args:
+            connect: with a line from token to token, in their order.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels.
+
+        Raises:
+            ArgumentError: for a single component.
+        """
+        from tl_dla.figures.charts import Look
+        from tl_dla.figures.plane import plane
+
+        if self.coordinates.shape[1] < 2:
+            raise ArgumentError("A plane needs two components: unembedding_pca(…, n_components=2).")
+        at = self.coordinates[:, :2].detach().cpu().double().numpy()
+        share = self.explained_variance[:2].tolist()
+        return plane(at, self.tokens, share, connect, Look(title, width, height))
 
 
 def unembedding_pca(

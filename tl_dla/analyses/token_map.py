@@ -39,8 +39,10 @@ from tl_dla.model.unembedding import is_linear, unembed_matrix, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 Tokens = Sequence[str | int] | Int[Tensor, " token"]
+Sources = Tokens | Float[Tensor, "source d_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +61,71 @@ class TokenMap:
     head: int
     factor: float
 
-    def __call__(self, sources: Tokens, targets: Tokens) -> Float[Tensor, "source target"]:
-        """What the head adds to the logits of `targets` for the embeddings of `sources`."""
-        rows, columns = _ids(self.model, sources), _ids(self.model, targets)
-        return self._read(_embeddings(self.model, rows), columns)
+    def __call__(self, sources: Sources, targets: Tokens) -> Float[Tensor, "source target"]:
+        """What the head adds to the logits of `targets` for the embeddings of `sources`.
 
-    def to_dataframe(self, sources: Tokens, targets: Tokens) -> "pd.DataFrame":
+        `sources` may be vectors of one's own, `[source, d_model]`, as the stream starts with.
+        """
+        return self._read(self._vectors(sources), _ids(self.model, targets))
+
+    def matrix(self, targets: Tokens) -> Float[Tensor, "d_model target"]:
+        """The map itself: `embedding @ matrix` are the logits of `targets`."""
+        ids = _ids(self.model, targets)
+        direction = _direction(ModelReader(self.model), self.layer, self.head, ids)
+        return direction.mT * self.factor
+
+    def to_dataframe(self, sources: Sources, targets: Tokens) -> "pd.DataFrame":
         """The same as a table: a line per source token, a column per target token."""
         import pandas as pd
 
-        names = [token_strings(self.model, _ids(self.model, x)) for x in (sources, targets)]
+        names = (self._names(sources), self._names(targets))
         return pd.DataFrame(self(sources, targets).cpu().numpy(), index=names[0], columns=names[1])
+
+    def plot(
+        self,
+        sources: Sources,
+        targets: Tokens,
+        *,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """Source × target as a heatmap, in logits.
+
+        Args:
+            sources: tokens, or vectors of one's own `[source, d_model]`.
+            targets: tokens.
+            title: in place of the figure's own; `""` for no heading.
+            width: in pixels; as wide as the page by default.
+            height: in pixels; as high as what is drawn by default.
+        """
+        from tl_dla.figures.charts import Heading, Look
+        from tl_dla.figures.plane import matrix
+
+        scale = "" if self.factor != 1.0 else ", up to one positive number for each source"
+        heading = Heading(
+            f"What L{self.layer}H{self.head} makes of a token's embedding",
+            f"the logits that it adds{scale}",
+        )
+        names = (self._names(sources), self._names(targets))
+        values = self(sources, targets).detach().cpu().double().numpy()
+        return matrix(values, names, heading, Look(title, width, height))
+
+    def _vectors(self, sources: Sources) -> Float[Tensor, "source d_model"]:
+        if not (isinstance(sources, Tensor) and sources.is_floating_point()):
+            return _embeddings(self.model, _ids(self.model, sources))
+        d_model = len(self.model.W_U)
+        if sources.ndim != 2 or sources.shape[1] != d_model:
+            raise ArgumentError(
+                f"Vectors must be [source, d_model] with d_model {d_model};"
+                f" {list(sources.shape)} was given."
+            )
+        return sources
+
+    def _names(self, tokens: Sources) -> list[str]:
+        if isinstance(tokens, Tensor) and tokens.is_floating_point():
+            return [f"vector {i}" for i in range(len(tokens))]
+        return token_strings(self.model, _ids(self.model, tokens))
 
     def top(
         self, source: str | int, k: int = 10, chunk_size: int = 8192
@@ -85,8 +141,8 @@ class TokenMap:
     def _read(
         self, embeddings: Float[Tensor, "source d_model"], targets: Int[Tensor, " target"]
     ) -> Float[Tensor, "source target"]:
-        direction = _direction(ModelReader(self.model), self.layer, self.head, targets)
-        return embeddings.to(direction) @ direction.mT * self.factor
+        matrix = self.matrix(targets)
+        return embeddings.to(matrix) @ matrix
 
 
 def token_map(model: Any, layer: int, head: int, *, path: Attribution | None = None) -> TokenMap:
@@ -177,5 +233,5 @@ def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     return (stream if is_multiple(written, stream, reader.machine_eps) else written)[:, 0]
 
 
-def _ids(model: Any, tokens: Tokens) -> Int[Tensor, " token"]:
+def _ids(model: Any, tokens: Sources) -> Int[Tensor, " token"]:
     return token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()

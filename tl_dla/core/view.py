@@ -89,6 +89,7 @@ def view_of(result: Shown, prompt: int | None = None, candidate: str | int | Non
         candidates=candidates,
         words=_words(result),
         writers=_writers(result.query.model) if result.unit == "layer" else {},
+        sources=_sources(result, {b for b, _ in places}),
     )
 
 
@@ -100,6 +101,16 @@ def _labels(result: Shown, prompts: set[int]) -> list[str]:
     own = [None if s is None or s >= len(tokens) else tokens[s] for s in result.sources]
     named = zip(result.labels, own, strict=True)
     return [label if token is None else f"{label} {token!r}" for label, token in named]
+
+
+def _sources(result: Shown, prompts: set[int]) -> list[str]:
+    """The tokens that source rows are of; a position alone where the prompts differ."""
+    n = 1 + max((-1 if source is None else source for source in result.sources), default=-1)
+    if result.unit != "source" or not result.query.has_tokens:
+        return [str(i) for i in range(n)]
+    tokens = [prompt_tokens(result, b) for b in sorted(prompts)]
+    named = [{own[i] for own in tokens if i < len(own)} for i in range(n)]
+    return [names.pop() if len(names) == 1 else str(i) for i, names in enumerate(named)]
 
 
 def _prompt(result: Shown, prompt: int) -> int:

@@ -72,6 +72,8 @@ class View:
         candidates: the candidate tokens, `[""]` where there is one logit.
         words: what is attributed and whether it adds up.
         writers: what wrote to the stream since the point before, by the label of the point.
+        sources: the tokens that source rows are of, by position; a position alone where the
+            prompts differ.
     """
 
     values: Float[np.ndarray, "row sample candidate"]
@@ -84,6 +86,7 @@ class View:
     candidates: list[str]
     words: Words
     writers: Mapping[str, str] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
 
     @cached_property
     def names(self) -> list[str]:
