@@ -7,7 +7,9 @@ difference at the last position. Ours runs on the raw model, the weights as publ
 TransformerLens's tool after
 `enable_compatibility_mode()`, which it needs. "exact": what the rows add up to is within 1e-4 of
 the logit difference of the plain `transformers` module, and the heads of each layer plus their bias
-within 1e-4 of its `attn_out` row. Needs TransformerLens 4.
+within 1e-4 of its `attn_out` row. Inputs (`attribute_inputs`): the same of tokens and biases, at the
+input of every layer too. Scores (`attribute_attention`): query rows, key rows and pairs of a head are
+within 1e-4 of the log of the ratio of the model's own attention. Needs TransformerLens 4.
 """
 
 import sys
@@ -21,7 +23,12 @@ import torch
 from tests.zoo.build import ANSWERS, INCORRECT, boot, hf_reference, native_reference, tokens
 from tests.zoo.configs import BRIDGE_DIFFERS, CLASSES, CONFIGS, NATIVE, VARIANTS, WITHOUT_ADAPTER
 from tests.zoo.reference import hf_logits
-from tl_dla import TlDlaError, direct_logit_attribution
+from tl_dla import (
+    TlDlaError,
+    attribute_attention,
+    attribute_inputs,
+    direct_logit_attribution,
+)
 
 TOLERANCE = 1e-4
 UNITS = ("component", "head", "neuron")
@@ -36,7 +43,8 @@ def main() -> None:
             warnings.simplefilter("ignore")
             lines[name] = line(name)
     print(file=sys.stderr)
-    heading = ["components", "heads", "neurons", "TransformerLens: components", "heads"]
+    theirs = ["TransformerLens: components", "heads"]
+    heading = ["components", "heads", "neurons", "inputs", "scores", *theirs]
     print("# Architectures\n")
     print(__doc__.split("\n\n", 2)[2].strip(), "\n")
     print("Made by `python -m tests.zoo.table > docs/architectures.md`.\n")
@@ -44,9 +52,9 @@ def main() -> None:
         (f"The {len(CLASSES)} decoder classes", CLASSES),
         ("Variants and TransformerLens's own models", [*VARIANTS, *NATIVE]),
     ):
-        counts = [sum(lines[name][i].startswith("exact") for name in names) for i in range(5)]
+        counts = [sum(lines[name][i].startswith("exact") for name in names) for i in range(7)]
         print(f"## {title}\n")
-        print(f"| architecture | {' | '.join(heading)} | why |\n|{'---|' * 7}")
+        print(f"| architecture | {' | '.join(heading)} | why |\n|{'---|' * 9}")
         print(f"| **exact, of {len(names)}** | {' | '.join(f'**{c}**' for c in counts)} | |")
         for name in names:
             print(f"| {name} | {' | '.join(lines[name])} |")
@@ -58,13 +66,14 @@ def line(name: str) -> list[str]:
     try:
         model = boot(name)
     except Exception as error:
-        return ["does not load"] * 5 + [_sentence(error)]
+        return ["does not load"] * 7 + [_sentence(error)]
     logit = _logit(name, model)
     cells, why = [], []
     for unit in UNITS:
         cell, reason = _ours(model, unit, logit)
         cells.append(cell)
         why += [reason] if reason and reason not in why else []
+    cells += [_inputs(model, logit), _scores(model)]
     if name in BRIDGE_DIFFERS:
         why.append("the bridge's own logits differ from the transformers module's")
     return [*cells, *(_theirs(name, unit, logit) for unit in ("component", "head")), "; ".join(why)]
@@ -99,6 +108,35 @@ def _ours(model: Any, unit: str, logit: torch.Tensor) -> tuple[str, str]:
         label for label, kind in zip(result.labels, result.kinds, strict=True) if kind == "rest"
     ]
     return "exact" + (f", with {', '.join(rest)}" if rest else ""), ""
+
+
+def _inputs(model: Any, logit: torch.Tensor) -> str:
+    try:
+        result = attribute_inputs(model, tokens(), ANSWERS, INCORRECT, check="off")
+    except TlDlaError:
+        return "refused"
+    layers = [part.max_error for part in result.reconstruction.parts.values()]
+    off = (result.attribution.double().sum(0) - logit).abs().max()
+    return "exact" if off < TOLERANCE and max(layers) < TOLERANCE else "**wrong**"
+
+
+def _scores(model: Any) -> str:
+    """Of the first head of the last layer that has attention."""
+    for layer in reversed(range(model.cfg.n_layers)):
+        try:
+            result = attribute_attention(
+                model, tokens(), f"L{layer}H0", key=-2, versus=-4, check="off"
+            )
+        except TlDlaError:
+            continue
+        _, cache = model.run_with_cache(tokens(), names_filter=lambda name: "pattern" in name)
+        paid = cache[f"blocks.{layer}.attn.hook_pattern"][:, 0, -1].double().log()
+        own = paid[:, -2] - paid[:, -4]
+        ledgers = result.by_query.attribution, result.by_key.attribution
+        sums = [*(ledger.double().sum(0) for ledger in ledgers), result.pairs.double().sum((0, 1))]
+        off = max(float((total.flatten() - own).abs().max()) for total in sums)
+        return "exact" if off < TOLERANCE else f"**wrong** by {off:.1g}"
+    return "refused"
 
 
 def _theirs(name: str, unit: str, logit: torch.Tensor) -> str:
