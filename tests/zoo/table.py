@@ -5,11 +5,12 @@
 Tiny random models (norm weights and biases perturbed), two prompts of 11 tokens, float32, a logit
 difference at the last position. Ours runs on the raw model, the weights as published;
 TransformerLens's tool after
-`enable_compatibility_mode()`, which it needs. "exact": what the rows add up to is within 1e-4 of
-the logit difference of the plain `transformers` module, and the heads of each layer plus their bias
-within 1e-4 of its `attn_out` row. Inputs (`attribute_inputs`): the same of tokens and biases, at the
-input of every layer too. Scores (`attribute_attention`): query rows, key rows and pairs of a head are
-within 1e-4 of the log of the ratio of the model's own attention. Needs TransformerLens 4.
+`enable_compatibility_mode()`, which it needs. "exact": what the rows
+add up to is within 1e-4 of the logit difference of the plain `transformers` module, and the heads
+of each layer plus their bias within 1e-4 of its `attn_out` row. Inputs (`attribute_inputs`): the
+same of tokens and biases, at the input of every layer too. Scores (`attribute_attention`): query
+rows, key rows and pairs of a head are within 1e-4 of the log of the ratio of the model's own
+attention. Needs TransformerLens 4.
 """
 
 import sys
