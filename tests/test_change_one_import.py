@@ -11,7 +11,9 @@ What differs by design, each held to below:
 * An answer that is not one token, or a shape that fits in two ways, is an error that says so.
 """
 
+import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from transformer_lens.tools.analysis import direct_logit_attribution as their_ow
 import tl_dla
 from tests.support.models import load, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import direct_logit_attribution
+from tl_dla import DirectLogitAttribution, direct_logit_attribution
+from tl_dla.core.by_hand import key_of_label
 from tl_dla.errors import ArgumentError
 
 pytestmark = of_4
@@ -154,6 +157,44 @@ def test_columns_of_answers_are_answer_and_foil_and_neurons_are_ranked_alone():
     torch.testing.assert_close(both.logit, logits[rows, ANSWERS] - logits[rows, INCORRECT], **EXACT)
     ranked = [label for label, _ in both.top(9, kind="neuron", by="magnitude")]
     assert len(ranked) == 3 and all(re.fullmatch(r"L\d+N\d+", label) for label in ranked)
+
+
+# ---- the result class ----------------------------------------------------------------------------
+
+
+def test_a_result_can_be_made_of_numbers_and_labels():
+    numbers = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.0, 0.5]])
+    labels = ["embed", "0_attn_out", "L0H3"]
+    for result in (
+        DirectLogitAttribution(numbers, labels, "component"),
+        DirectLogitAttribution(attribution=numbers, labels=labels, unit="component"),
+    ):
+        assert torch.equal(result.attribution, numbers) and result.labels == labels
+        assert result.unit == "component" and result.kinds == ["embed", "attn", "head"]
+        assert result.top(2) == [("embed", 1.5), ("0_attn_out", 1.0)]
+        assert not result.reconstruction.passed and "not certified" in repr(result)
+        assert len(result.to_dataframe()) == 6 and result.plot().data
+        assert torch.equal(pickle.loads(pickle.dumps(result)).attribution, numbers)
+        assert torch.equal(replace(result).attribution, numbers)
+    for shape in [(4,), (4, 2), (4, 2, 3)]:
+        values = torch.randn(shape)
+        result = DirectLogitAttribution(values, list("abcd"), "head")
+        assert torch.equal(result.attribution, values) and result.labels == list("abcd")
+        flat = values.reshape(4, -1).mean(1)
+        assert [value for _, value in result.top(9)] == pytest.approx(sorted(flat.tolist())[::-1])
+    with pytest.raises(ArgumentError, match="of numbers alone"):
+        result.audit()
+    with pytest.raises(ArgumentError, match="a label for each row"):
+        DirectLogitAttribution(numbers, labels[:2], "component")
+
+
+@pytest.mark.parametrize("unit", ["component", "layer", "head", "neuron", "source"])
+def test_every_label_names_its_row_again(unit):
+    for name in ("gpt2", "gemma2"):
+        result = direct_logit_attribution(load(name), tokens(), 5, unit=unit)
+        keys = [key_of_label(label) for label in result.labels]
+        assert [key.label for key in keys] == result.labels
+        assert [key.kind for key in keys] == result.kinds
 
 
 # ---- what TransformerLens's tool refuses --------------------------------------------------

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
+from tl_dla.core.by_hand import by_hand
 from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.final_readout import readout_of
 from tl_dla.core.readout import Readout
@@ -40,13 +41,22 @@ from tl_dla.report.page import Explorer, Shown, page_of, write_report
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+_BY_HAND = ("attribution", "labels", "unit")
+
 
 class DirectLogitAttribution(Attribution):
     """What each part of the model wrote to a logit, and what can be asked of it next.
 
     See `Attribution` for its rows. `plot`, `top` and the tables are there too; what needs the model
-    again is here.
+    again is here. `DirectLogitAttribution(attribution, labels, unit)`, as of TransformerLens's own
+    class, makes one of numbers alone: it ranks, tabulates and draws them, and is not certified.
     """
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        named = dict(zip(_BY_HAND, args, strict=False)) | fields
+        if len(args) + len(fields) == len(_BY_HAND) and named.keys() == set(_BY_HAND):
+            args, fields = (), by_hand(**named)
+        super().__init__(*args, **fields)
 
     @property
     def readout(self) -> Readout:

@@ -115,6 +115,8 @@ class Reconstruction:
         return within and all(part.passed for part in parts)
 
     def __str__(self) -> str:
+        if self.tolerance.numel() and bool(self.tolerance.isnan().all()):
+            return "not certified: there is no logit of a model to hold the rows to"
         worst = self.failures()
         if worst:
             name, part = worst[0]

@@ -495,8 +495,8 @@ def require_input(result: Attribution) -> None:
     require_prompts(result)
     if not result.has_tokens:
         raise ArgumentError(
-            "The result was made from a cache without its input, and the model must run again:"
-            " pass the prompts as `input` beside the cache."
+            "The result was made from a cache without its input, or of numbers alone, and the model"
+            " must run again: attribute with the prompts as `input`, beside a cache or without one."
         )
 
 
