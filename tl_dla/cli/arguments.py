@@ -42,6 +42,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
         type=int,
         default=-1,
     ),
+    "--corrupted": _flag("another prompt, of any length, to set against it", "PROMPT"),
+    "--against": _flag("another model of the same architecture, to set against --model", "NAME"),
     "--answer": _flag(f"the token whose logit it is; {_OWN}", "TOKEN"),
     "--answer-id": _flag("the same, by id", "ID", dest="answer", type=int),
     "--candidates": _flag(
@@ -132,6 +134,17 @@ _SUBCOMMANDS = {
         f"{_IOI.format('attribute')} --answer ' Mary' --incorrect ' John' --unit head --top 10",
         {"--top": {"default": None}},
         _WORDS,
+    ),
+    "compare": _Subcommand(
+        "What changed between two prompts, or two models, and whether parts or their readout did",
+        "prompt --corrupted --against --pos --answer --answer-id --incorrect --incorrect-id"
+        f" {_MODEL} --unit --layer --head --top --out --json --csv",
+        f"{_IOI.format('compare')} --corrupted 'When John and Mary went to the shops, Mary gave the"
+        " bag to' --answer ' Mary' --incorrect ' John' --unit head",
+        {},
+        "in the table:\n"
+        "  wrote  what the part wrote differently, read out as the two runs do on average\n"
+        "  read   the readout's own change (norm scale, unembedding), of what was written\n\n",
     ),
     "lens": _Subcommand(
         "What the model would predict from the residual stream after each sublayer (logit lens)",

@@ -47,6 +47,19 @@ def attribute(args: argparse.Namespace) -> Output:
     return attribution_output(result, predictions(result)[0], audit, args)
 
 
+def compare(args: argparse.Namespace) -> Output:
+    """`tl-dla compare`."""
+    from tl_dla.cli.compare import comparison_output, other_side
+
+    require_writable(args)
+    against = other_side(args)
+    a = attributed(args)
+    if args.answer is None:  # the first one's prediction is the answer of both
+        against.answer = int(a.targets.ids.flatten()[0])
+    b = attributed(against)
+    return comparison_output(a, b, args)
+
+
 def lens(args: argparse.Namespace) -> Output:
     """`tl-dla lens`."""
     require_writable(args)

@@ -148,7 +148,7 @@ class Reconstruction:
             return []
         whole = Reconstruction(self.expected, self.reconstructed, self.tolerance, self.against)
         claimed = self.claim.removesuffix(" add up to")
-        name = "the rows" if claimed == "rows" else re.sub(" (is|are)$", "", claimed)
+        name = f"the {claimed}" if " " not in claimed else re.sub(" (is|are)$", "", claimed)
         named = [(name, whole), *self.parts.items()]
         return [(name, part) for name, part in named if not part.passed]
 
@@ -219,7 +219,9 @@ class Wanted:
     unchecked: tuple[str, ...] = ()
 
 
-def certify(rows: Rows, kept: slice, wanted: Wanted, query: Query, d: int) -> Reconstruction:
+def certify(
+    rows: Rows, kept: slice | list[int], wanted: Wanted, query: Query, d: int
+) -> Reconstruction:
     """The rows `kept` against what is wanted, and every split against its row.
 
     Args:

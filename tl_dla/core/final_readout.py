@@ -30,12 +30,16 @@ def readout_of(result: Attribution) -> Readout:
         raise ArgumentError("A path's rows are read out through its head, not from the stream.")
     if result.targets.candidates is not None:
         raise ArgumentError("A result over candidates has no single readout.")
-    query, numbers = result.query, result.numbers
+    numbers = result.numbers
+    return _added_up(result.query, token_readout(result), numbers.ratio, numbers.scale)
+
+
+def token_readout(result: Attribution) -> Readout:
+    """The readout of the end of the stream, a direction for each target token."""
+    query = result.query
     if query.targets.mean_of_vocab and not is_linear(query.model):
-        parts = again(result, "component").parts
-    else:
-        parts = of_query(query, "component", Selection())
-    return _added_up(query, parts.readout, numbers.ratio, numbers.scale)
+        return again(result, "component").parts.readout
+    return of_query(query, "component", Selection()).readout
 
 
 def frozen_readout(query: Query, cache: Any) -> Readout:

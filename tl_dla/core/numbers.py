@@ -23,6 +23,8 @@ class Numbers:
         logits: what the model returned; read out of the cache's final stream where none ran.
         raw: the same before the output transform.
         ran: whether the model ran, so that `logits` are its own.
+        readouts: a checksum of each token's direction at the end of the stream; None where rows are
+            means, or what is attributed is no logit.
     """
 
     rows: Float[Tensor, "row batch pos token"]
@@ -31,6 +33,7 @@ class Numbers:
     logits: Float[Tensor, "batch pos token"]
     raw: Float[Tensor, "batch pos token"]
     ran: bool
+    readouts: Int[Tensor, "batch pos token"] | None = None
 
     def of_rows(self, rows: list[int]) -> "Numbers":
         """The numbers of some of the rows."""
@@ -41,7 +44,8 @@ class Numbers:
     ) -> "Numbers":
         """Every tensor through a function: of what has a token axis, and of the scale."""
         rows, ratio, logits, raw = map(tokens, (self.rows, self.ratio, self.logits, self.raw))
-        return Numbers(rows, ratio, scale(self.scale), logits, raw, self.ran)
+        readouts = None if self.readouts is None else tokens(self.readouts)
+        return Numbers(rows, ratio, scale(self.scale), logits, raw, self.ran, readouts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
@@ -156,6 +156,16 @@ class Readout:
         largest = self.direction.abs().amax(-1, keepdim=True).clamp(min=_TINY)
         squared = Readout((self.direction / largest).square()).contract(x.square())
         return squared.clamp(min=0).sqrt() * largest[..., 0].to(squared)
+
+    def checksum(self) -> Int[Tensor, "*lead"]:
+        """A number for each direction that two of them share where they are equal bit by bit."""
+        bits = self.direction.contiguous().view(torch.int32)
+        odd = torch.arange(bits.shape[-1], device=bits.device) * 2654435761 % 2**31 | 1
+        return (bits * odd.int()).sum(-1)
+
+    def part(self, rows: slice) -> "Readout":
+        """Of some of the prompts."""
+        return self if len(self.direction) == 1 else replace(self, direction=self.direction[rows])
 
     def frozen(self, scales: Mapping[str, Float[Tensor, "batch pos"]]) -> "Readout":
         """The same readout once the scales are known."""

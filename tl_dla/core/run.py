@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.certificate import Wanted
@@ -40,6 +40,7 @@ _TOKENS_AT_ONCE = 1024  # target tokens whose directions are pulled back at once
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
 
 Within = Callable[[slice], AbstractContextManager[None]]
+TapsOf = Callable[[slice], Sequence[Tap]]
 Result = TypeVar("Result", bound=Attribution)
 
 
@@ -62,6 +63,12 @@ class Run:
         with exact():
             targets = self.query.targets
             return self.parts.rows(self.kept, self.query.positions, self.ratio_of, targets.weights)
+
+    @cached_property
+    def readouts(self) -> Int[Tensor, "batch pos token"]:
+        """A checksum of each token's direction at the end of the stream."""
+        ratio = self.rows.ratio
+        return self.parts.readout.checksum().to(ratio.device).expand(ratio.shape).clone()
 
     @property
     def readout_norm(self) -> Float[Tensor, "batch pos token"]:
@@ -94,6 +101,7 @@ class Run:
             rows = slice(i * batch, (i + 1) * batch)
             one = Run(query, self.parts, self.kept.part(rows), self.mean, self.unchecked)
             one.__dict__["rows"] = self.rows.map(partial(_batch, rows=rows))
+            one.__dict__["readouts"] = self.readouts[rows].clone()
             found.append(one)
         return found
 
@@ -108,7 +116,7 @@ def run(
     selection: Selection | None = None,
     *,
     cache: Any = None,
-    taps: Sequence[Tap] = (),
+    taps: Sequence[Tap] | TapsOf = (),
     within: Within | None = None,
     reader: ModelReader | None = None,
 ) -> Run:
@@ -119,13 +127,15 @@ def run(
         unit: the rows of the answer.
         selection: which rows are split; all by default.
         cache: an `ActivationCache` to read in place of running the model.
-        taps: what else to keep on the way.
+        taps: what else to keep on the way; given which of the prompts run, where it differs.
         within: what the model runs inside of, given which of the prompts run: an edit of it.
         reader: the model as it is now, where it was read already.
     """
     selection = Selection() if selection is None else selection
     reader = ModelReader(query.model) if reader is None else reader
     parts = _in_parts(query)
+    taps_of: TapsOf = taps if callable(taps) else lambda _: taps
+    everything = taps_of(slice(0, len(query.prompts.length)))
 
     def read(wanted: Sequence[Tap], logits: bool = False) -> Kept:
         if cache is not None:
@@ -147,18 +157,18 @@ def run(
     if len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1:
         one = replace(query, targets=query.targets.chunks(1)[0])
         whole = of_query(one, unit, selection, reader=reader)
-        return _by_tokens(query, whole, partial(read, logits=True), taps, unchecked)
+        return _by_tokens(query, whole, partial(read, logits=True), everything, unchecked)
     whole = of_query(query, unit, selection, mean, reader)
     if cache is not None:
-        return Run(query, whole, read([*whole.taps, *taps]), mean, unchecked)
-    some, used = [], [[*whole.taps, *taps]]
+        return Run(query, whole, read([*whole.taps, *everything]), mean, unchecked)
+    some, used = [], [[*whole.taps, *everything]]
     for rows in parts:
         part, mine = query.part(rows), whole
         if len(parts) > 1:
             mine = of_query(
                 part, unit, selection, None if mean is None else mean.part(rows), reader
             )
-        used.append([*mine.taps, *taps])
+        used.append([*mine.taps, *(taps_of(rows) if len(parts) > 1 else everything)])
         with nullcontext() if within is None else within(rows):
             some.append(forward(part, used[-1]))
     return Run(query, whole, Kept.joined(some, used), mean)
@@ -169,7 +179,7 @@ def again(
     unit: Unit | None = None,
     selection: Selection | None = None,
     *,
-    taps: Sequence[Tap] = (),
+    taps: Sequence[Tap] | TapsOf = (),
     cache: Any = None,
 ) -> Run:
     """Ask a result's question once more, and hold the answer to the result's own.
@@ -178,7 +188,7 @@ def again(
         result: whose prompts, positions and targets are run.
         unit: the rows of the answer; the result's own by default.
         selection: which rows are split: the result's own for the same unit, else all.
-        taps: what else to keep on the way.
+        taps: as in `run`.
         cache: an `ActivationCache` of the prompts to read in place of running the model; the caller
             then holds the rows to the result's.
 
@@ -273,7 +283,7 @@ def _by_tokens(
         with exact():
             return {tap: tap.read(*kept.values[shown[_place(tap)]]) for tap in parts.taps}
 
-    every, start = [], 0
+    every, readouts, start = [], [], 0
     for targets in query.targets.chunks(_TOKENS_AT_ONCE):
         some = replace(query, targets=targets)
         parts = of_query(some, whole.unit, whole.selection, reader=whole.reader)
@@ -281,10 +291,12 @@ def _by_tokens(
         if kept.raw is not None and kept.logits is not None:
             raw, logits = kept.raw[..., at], kept.logits[..., at]
             mine = replace(kept, values=mine.values, raw=raw, logits=logits)
-        every.append(Run(some, parts, mine).rows)
+        once = Run(some, parts, mine)
+        every.append(once.rows)
+        readouts.append(once.readouts)
     own = {tap: kept[tap] for tap in taps}
     run = Run(query, whole, replace(kept, values={**values(whole), **own}), unchecked=unchecked)
-    run.__dict__["rows"] = Rows.joined(every)
+    run.__dict__ |= {"rows": Rows.joined(every), "readouts": torch.cat(readouts, -1)}
     return run
 
 
@@ -316,7 +328,7 @@ def _result(run: Run, of: type[Result]) -> Result:
     norm = parts.reader.stream().norm
     known = parts.scaled(kept, query.positions)
     scale = torch.ones_like(ratio[..., 0]) if norm is None else known.scales[norm.name].to(ratio)
-    numbers = Numbers(rows.values, ratio, scale, logits, raw, kept.logits is not None)
+    numbers = Numbers(rows.values, ratio, scale, logits, raw, kept.logits is not None, run.readouts)
     about = (parts.unit, parts.selection, parts.readout.direction.shape[-1])
     return of.of(rows, wanted, numbers, query, about)
 
