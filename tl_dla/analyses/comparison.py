@@ -16,9 +16,8 @@ and with an ablation: rows are multiplied by numbers that both results hold. Els
 answers) each model runs once more, with the other's readout pulled back through it.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,19 +25,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify, require_check
-from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
+from tl_dla.analyses.comparable import require_comparable
+from tl_dla.analyses.cross_terms import (
+    Crossed,
+    added,
+    aligned,
+    by_runs,
+    by_scales,
+    merged,
+    read_alike,
+)
+from tl_dla.core.certificate import Check, Reconstruction, require_check
+from tl_dla.core.decomposition import B_U, LN_FINAL_B
 from tl_dla.core.result import Attribution, rows_to_rank
 from tl_dla.core.rows import RowKey
-from tl_dla.core.run import again, token_readout
-from tl_dla.core.taps import Tap, exact
+from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.changes import Changes
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.text import text_of
-from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import FINAL, Kind
+from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,28 +91,28 @@ class Comparison:
     # ---- what it is ----------------------------------------------------------------------------
 
     @property
-    def a(self) -> Float[Tensor, "row *batch_and_pos"]:
-        """a's rows."""
+    def a(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """The rows of a."""
         return self.query.shaped(self.values_a)
 
     @property
-    def b(self) -> Float[Tensor, "row *batch_and_pos"]:
-        """b's rows."""
+    def b(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """The rows of b."""
         return self.query.shaped(self.values_b)
 
     @property
-    def wrote(self) -> Float[Tensor, "row *batch_and_pos"]:
+    def wrote(self) -> Float[Tensor, " row *batch_and_pos"]:
         """What each part wrote differently, read out as the two runs do on average."""
         return self.query.shaped(self.values_wrote)
 
     @property
-    def read(self) -> Float[Tensor, "row *batch_and_pos"]:
+    def read(self) -> Float[Tensor, " row *batch_and_pos"]:
         """The change of the readout, of what the part wrote in the two runs on average."""
         return self.query.shaped(self.values_read)
 
     @property
-    def change(self) -> Float[Tensor, "row *batch_and_pos"]:
-        """b − a: `wrote` + `read`."""
+    def change(self) -> Float[Tensor, " row *batch_and_pos"]:
+        """What each row rose by, from a to b: `wrote` + `read`."""
         return self.query.shaped(self.values)
 
     @cached_property
@@ -135,13 +142,10 @@ class Comparison:
 
     @property
     def query(self) -> Query:
-        """b's question, whose positions and tokens name the samples."""
+        """The question of b, whose positions and tokens name the samples."""
         return self.queries[1]
 
-    @property
-    def path(self) -> tuple[str, ...]:
-        """No row is split further here."""
-        return ()
+    path = ()  # of no head's
 
     @property
     def target(self) -> str:
@@ -360,13 +364,13 @@ def compare(
         True
     """
     require_check(check)
-    _require_comparable(a, b, answers)
-    keys = _merged([a.keys, b.keys])
+    require_comparable(a, b, answers)
+    keys = merged([a.keys, b.keys])
     with exact():
-        crossed = _by_scales(a, b) if _read_alike(a, b) else _by_runs(a, b)
-        keys = _merged([keys, *(side.keys for side in crossed)])
-        own_a, own_b = (_aligned(one.keys, one.values, keys) for one in (a, b))
-        a_as_b, b_as_a = (_aligned(one.keys, one.values, keys).to(own_a) for one in crossed)
+        crossed = by_scales(a, b) if read_alike(a, b) else by_runs(a, b)
+        keys = merged([keys, *(side.keys for side in crossed)])
+        own_a, own_b = (aligned(one.keys, one.values, keys) for one in (a, b))
+        a_as_b, b_as_a = (aligned(one.keys, one.values, keys).to(own_a) for one in crossed)
         own_b = own_b.to(own_a)
         wrote = ((own_b - a_as_b) + (b_as_a - own_a)) / 2
         read = ((own_b - b_as_a) + (a_as_b - own_a)) / 2
@@ -381,199 +385,12 @@ def compare(
     return Comparison(keys, *sides, a.unit, targets)
 
 
-# ---- what can be compared ----------------------------------------------------------------------
-
-
-def _require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
-    """Raise unless the rows, positions and answers of two results stand against each other."""
-    if a.unit != b.unit:
-        raise ArgumentError(
-            f'Rows of one unit are compared; a has unit="{a.unit}", b unit="{b.unit}": attribute'
-            " both with one."
-        )
-    if a.hops or b.hops:
-        raise ArgumentError(
-            "Rows that parts wrote to the final stream are compared; the rows of a path are of"
-            " another place: compare the results that the paths start from."
-        )
-    if a.include_bias != b.include_bias or a.selection != b.selection:
-        raise ArgumentError(
-            "The two results split different rows: give both the same layers=, heads=,"
-            " top_neurons= and include_bias=."
-        )
-    if a.attribution.shape[1:] != b.attribution.shape[1:] or a.query.has_batch != b.query.has_batch:
-        raise ArgumentError(
-            "Prompts and positions are compared pair by pair; a has"
-            f" {list(a.attribution.shape[1:])} of them, b {list(b.attribution.shape[1:])}: give as"
-            " many of each, such as pos=-1 for prompts of different lengths."
-        )
-    valid = b.positions.valid.to(a.positions.valid.device)
-    if not torch.equal(a.positions.valid, valid):
-        raise ArgumentError(
-            "Positions are compared pair by pair, and a prompt of one result has more of them than"
-            " its partner: choose them with pos=."
-        )
-    if a.targets.candidates != b.targets.candidates:
-        raise ArgumentError("Candidates are compared one by one: give both results the same.")
-    _require_one_architecture(a.model, b.model)
-    if a.unit == "neuron" and set(a.keys) != set(b.keys):
-        raise ArgumentError(
-            "The largest neurons of the two results are not the same, so their rows do not stand"
-            ' against each other: give unit="neuron" layers= in place of top_neurons=.'
-        )
-    if not answers and not _same_answers(a, b):
-        raise ArgumentError(
-            f"a is of {a.target}, b of {b.target}: attribute the same answers, or pass"
-            " answers=True to compare different ones."
-        )
-
-
-def _same_answers(a: Attribution, b: Attribution) -> bool:
-    one, other = a.targets, b.targets
-    if one.mean_of_vocab != other.mean_of_vocab or one.weights.shape != other.weights.shape:
-        return False
-    shape = a.numbers.ratio.shape[:2]
-    ids = [x.ids.cpu().expand(*shape, -1) for x in (one, other)]
-    valid = a.positions.valid.cpu()
-    return torch.equal(ids[0][valid], ids[1][valid]) and torch.equal(
-        one.weights.cpu(), other.weights.cpu()
-    )
-
-
-def _require_one_architecture(a: Any, b: Any) -> None:
-    if a is b:
-        return
-    names = [ModelReader(model).architecture for model in (a, b)]
-    if names[0] != names[1]:
-        raise ArgumentError(
-            f"Models of one architecture are compared; a's is {names[0]}, b's {names[1]}."
-        )
-    for name in ("n_layers", "d_model", "n_heads", "d_vocab"):
-        one, other = getattr(a.cfg, name), getattr(b.cfg, name)
-        if one != other:
-            raise ArgumentError(
-                f"Models of one architecture are compared; a's {name} is {one}, b's {other}."
-            )
-    vocabularies = [
-        getattr(getattr(model, "tokenizer", None), "get_vocab", dict)() for model in (a, b)
-    ]
-    if all(vocabularies) and vocabularies[0] != vocabularies[1]:
-        raise ArgumentError(
-            "The two models' tokenizers have different vocabularies, so their logits are of"
-            " different words."
-        )
-
-
-# ---- the cross terms ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Crossed:
-    """One run's rows read out as the other run's are; the certificate of the run that it took."""
-
-    keys: Sequence[RowKey]
-    values: Float[Tensor, "row batch pos candidate"]
-    name: str = ""
-    reconstruction: Reconstruction | None = None
-
-
-def _read_alike(a: Attribution, b: Attribution) -> bool:
-    """Whether the readouts are the same directions, so that scales and ratios alone differ."""
-    one, other = a.numbers.readouts.cpu(), b.numbers.readouts.cpu()
-    valid = a.positions.valid.cpu()
-    return _same_answers(a, b) and torch.equal(one[valid], other[valid])
-
-
-def _by_scales(a: Attribution, b: Attribution) -> tuple[_Crossed, _Crossed]:
-    """a's rows with b's scale and soft cap, and b's with a's."""
-
-    def crossed(rows: Attribution, readout: Attribution) -> _Crossed:
-        own, other = rows.numbers, readout.numbers
-        change = own.scale.to(own.rows) / other.scale.to(own.rows)
-        ratio = other.ratio.to(own.rows) * change[..., None]
-        return _Crossed(rows.keys, rows.targets.added(own.rows * ratio))
-
-    return crossed(a, b), crossed(b, a)
-
-
-def _by_runs(a: Attribution, b: Attribution) -> tuple[_Crossed, _Crossed]:
-    """The same where directions differ: each model runs again, with the other's readout."""
-    if a.selection.top_neurons is not None:
-        raise ArgumentError(
-            "The largest neurons are compared between runs of one model and one answer: give"
-            ' unit="neuron" layers= in place of top_neurons=.'
-        )
-    names = "a's rows, read out as b's,", "b's rows, read out as a's,"
-    return _run(a, b, names[0]), _run(b, a, names[1])
-
-
-def _run(rows: Attribution, readout: Attribution, name: str) -> _Crossed:
-    reader, other, n = ModelReader(rows.model), readout.numbers, len(rows.prompts.length)
-    directions = replace(token_readout(readout), norms=())
-
-    def parts(prompts: slice) -> Decomposition:
-        own, about = directions.part(prompts), (rows.unit, rows.selection)
-        return Decomposition(reader, reader.stream().steps, own, [], *about)
-
-    whole = parts(slice(0, n))
-
-    def taps(prompts: slice) -> list[Tap]:
-        return (whole if prompts == slice(0, n) else parts(prompts)).taps
-
-    once = again(rows, "component", taps=taps)
-    found = whole.rows(once.kept, rows.positions)
-    ratio = other.ratio.to(found.total) / other.scale.to(found.total)[..., None]
-    found = replace(found, ratio=ratio)
-    total, eps = found.total * ratio, max(reader.machine_eps, once.kept.machine_eps)
-    against = "the final stream, read out so"
-    wanted = Wanted(total, torch.zeros_like(total), against, eps)
-    kept = _added(found.keys)
-    certificate = certify(found, kept, wanted, readout.query, directions.direction.shape[-1])
-    values = readout.targets.added(found.values * ratio)
-    return _Crossed(found.keys, values, name, certificate)
-
-
-# ---- rows --------------------------------------------------------------------------------------
-
-
-def _merged(sides: Sequence[Sequence[RowKey]]) -> list[RowKey]:
-    """All rows, each after the one that it follows."""
-    merged = list(sides[0])
-    for keys in sides[1:]:
-        known, last = set(merged), None
-        after: dict[RowKey | None, list[RowKey]] = defaultdict(list)
-        for key in keys:
-            if key in known:
-                last = key
-            else:
-                after[last].append(key)
-        merged = [*after[None], *(one for key in merged for one in (key, *after[key]))]
-    return merged
-
-
-def _aligned(
-    keys: Sequence[RowKey], values: Float[Tensor, "row *rest"], everything: Sequence[RowKey]
-) -> Float[Tensor, "all_rows *rest"]:
-    """The values under all rows; 0 where a side has none."""
-    if list(keys) == list(everything):
-        return values
-    place = {key: i for i, key in enumerate(everything)}
-    aligned = values.new_zeros(len(everything), *values.shape[1:])
-    aligned[[place[key] for key in keys]] = values
-    return aligned
-
-
-def _added(keys: Sequence[RowKey]) -> list[int]:
-    """The rows that add up: all, or of the readings of a stream the last one and the biases."""
-    return [i for i, key in enumerate(keys) if key.kind != "residual" or key.name == FINAL]
-
-
 def _certify(
     a: Attribution,
     b: Attribution,
     keys: Sequence[RowKey],
     change: Float[Tensor, "row batch pos candidate"],
-    crossed: Sequence[_Crossed],
+    crossed: Sequence[Crossed],
 ) -> Reconstruction:
     """The changes against that of the logit, and what ran for them against its own stream."""
     one, other = a.reconstruction, b.reconstruction
@@ -583,7 +400,7 @@ def _certify(
     last = "the changes of the last reading and the biases make"
     return Reconstruction(
         b.logit.to(a.logit) - a.logit,
-        b.query.shaped(change[_added(keys)].sum(0)),
+        b.query.shaped(change[added(keys)].sum(0)),
         tolerance,
         f"the change of {against}",
         {x.name: x.reconstruction for x in crossed if x.reconstruction is not None},

@@ -72,8 +72,8 @@ def _record(comparison: "Comparison", args: argparse.Namespace) -> dict[str, obj
 
 def _table(comparison: "Comparison", args: argparse.Namespace) -> RenderableType:
     shown = comparison.changes()
-    heading = [Text(f"what changed in the logit of {comparison.target}", style="bold")]
-    heading += [Text(f"{side}, by {comparison.unit}") for side in _sides(args)]
+    what = f'what changed in the logit of {comparison.target}, unit="{comparison.unit}"'
+    heading = [Text(what, style="bold"), *map(Text, _sides(args))]
     table = Table(box=None, pad_edge=False)
     for name in ("row", *COLUMNS):
         table.add_column(Text(name), justify="right", no_wrap=True)

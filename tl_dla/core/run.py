@@ -154,7 +154,7 @@ def run(
         unchecked = tuple(
             f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
         )
-    if len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1:
+    if several_readings(query):
         one = replace(query, targets=query.targets.chunks(1)[0])
         whole = of_query(one, unit, selection, reader=reader)
         return _by_tokens(query, whole, partial(read, logits=True), everything, unchecked)
@@ -260,6 +260,11 @@ def _in_parts(query: Query) -> list[slice]:
     batch, pos = query.positions.index.shape
     step = max(1, _LOGITS_AT_ONCE // (pos * query.model.cfg.d_vocab))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def several_readings(query: Query) -> bool:
+    """Whether the candidates are too many for their directions to be pulled back at once."""
+    return len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1
 
 
 def _by_tokens(

@@ -1,0 +1,87 @@
+"""Which results can stand against each other, and why others cannot."""
+
+from typing import Any
+
+import torch
+
+from tl_dla.core.result import Attribution
+from tl_dla.errors import ArgumentError
+from tl_dla.model.reader import ModelReader
+
+
+def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
+    """Raise unless the rows, positions and answers of two results stand against each other."""
+    if a.unit != b.unit:
+        raise ArgumentError(
+            f'Rows of one unit are compared; a has unit="{a.unit}", b unit="{b.unit}": attribute'
+            " both with one."
+        )
+    if a.hops or b.hops:
+        raise ArgumentError(
+            "Rows that parts wrote to the final stream are compared; the rows of a path are of"
+            " another place: compare the results that the paths start from."
+        )
+    if a.include_bias != b.include_bias or a.selection != b.selection:
+        raise ArgumentError(
+            "The two results split different rows: give both the same layers=, heads=,"
+            " top_neurons= and include_bias=."
+        )
+    if a.attribution.shape[1:] != b.attribution.shape[1:] or a.query.has_batch != b.query.has_batch:
+        raise ArgumentError(
+            "Prompts and positions are compared pair by pair; a has"
+            f" {list(a.attribution.shape[1:])} of them, b {list(b.attribution.shape[1:])}: give as"
+            " many of each, such as pos=-1 for prompts of different lengths."
+        )
+    valid = b.positions.valid.to(a.positions.valid.device)
+    if not torch.equal(a.positions.valid, valid):
+        raise ArgumentError(
+            "Positions are compared pair by pair, and a prompt of one result has more of them than"
+            " its partner: choose them with pos=."
+        )
+    if a.targets.candidates != b.targets.candidates:
+        raise ArgumentError("Candidates are compared one by one: give both results the same.")
+    _require_one_architecture(a.model, b.model)
+    if a.unit == "neuron" and set(a.keys) != set(b.keys):
+        raise ArgumentError(
+            "The largest neurons of the two results are not the same, so their rows do not stand"
+            ' against each other: give unit="neuron" layers= in place of top_neurons=.'
+        )
+    if not answers and not same_answers(a, b):
+        raise ArgumentError(
+            f"a is of {a.target}, b of {b.target}: attribute the same answers, or pass"
+            " answers=True to compare different ones."
+        )
+
+
+def same_answers(a: Attribution, b: Attribution) -> bool:
+    """Whether the same logits are attributed, and added up alike."""
+    one, other = a.targets, b.targets
+    if one.mean_of_vocab != other.mean_of_vocab or one.ids.shape[-1] != other.ids.shape[-1]:
+        return False
+    weights = [x.weights if x.weights is None else x.weights.tolist() for x in (one, other)]
+    shape, valid = a.numbers.ratio.shape[:2], a.positions.valid.cpu()
+    ids = [x.ids.cpu().expand(*shape, -1)[valid] for x in (one, other)]
+    return weights[0] == weights[1] and torch.equal(*ids)
+
+
+def _require_one_architecture(a: Any, b: Any) -> None:
+    if a is b:
+        return
+    names = [ModelReader(model).architecture for model in (a, b)]
+    if names[0] != names[1]:
+        raise ArgumentError(
+            f"Models of one architecture are compared; a's is {names[0]}, b's {names[1]}."
+        )
+    for name in ("n_layers", "d_model", "n_heads", "d_vocab"):
+        one, other = getattr(a.cfg, name), getattr(b.cfg, name)
+        if one != other:
+            raise ArgumentError(
+                f"Models of one architecture are compared; a's {name} is {one}, b's {other}."
+            )
+    tokenizers = [getattr(model, "tokenizer", None) for model in (a, b)]
+    vocabularies = [None if t is None else t.get_vocab() for t in tokenizers]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise ArgumentError(
+            "The two models' tokenizers have different vocabularies, so their logits are of"
+            " different words."
+        )

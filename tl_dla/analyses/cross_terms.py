@@ -1,0 +1,131 @@
+"""The cross terms of a comparison: one run's rows, read out as the other run's are.
+
+Where the readouts differ by the norm's scale and the soft cap alone, rows are multiplied by numbers
+that both results hold, which is exact and needs no run. Else each model runs once more, with the
+other's readout pulled back through it.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_dla.analyses.comparable import same_answers
+from tl_dla.core.certificate import Reconstruction, Wanted, certify
+from tl_dla.core.decomposition import Decomposition
+from tl_dla.core.result import Attribution
+from tl_dla.core.rows import RowKey
+from tl_dla.core.run import again, several_readings, token_readout
+from tl_dla.core.taps import Tap
+from tl_dla.errors import ArgumentError
+from tl_dla.model.reader import ModelReader
+from tl_dla.model.stream import FINAL
+
+
+@dataclass(frozen=True, eq=False)
+class Crossed:
+    """One run's rows read out as the other run's are; the certificate of the run that it took."""
+
+    keys: Sequence[RowKey]
+    values: Float[Tensor, "row batch pos candidate"]
+    name: str = ""
+    reconstruction: Reconstruction | None = None
+
+
+def read_alike(a: Attribution, b: Attribution) -> bool:
+    """Whether the readouts are the same directions, so that scales and ratios alone differ."""
+    one, other = a.numbers.readouts.cpu(), b.numbers.readouts.cpu()
+    valid = a.positions.valid.cpu()
+    return same_answers(a, b) and torch.equal(one[valid], other[valid])
+
+
+def by_scales(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
+    """The rows of a with b's scale and soft cap, and those of b with a's."""
+
+    def crossed(rows: Attribution, readout: Attribution) -> Crossed:
+        own, other = rows.numbers, readout.numbers
+        change = own.scale.to(own.rows) / other.scale.to(own.rows)
+        ratio = other.ratio.to(own.rows) * change[..., None]
+        return Crossed(rows.keys, rows.targets.added(own.rows * ratio))
+
+    return crossed(a, b), crossed(b, a)
+
+
+def by_runs(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
+    """The same where directions differ: each model runs again, with the other's readout."""
+    if a.selection.top_neurons is not None:
+        raise ArgumentError(
+            "The largest neurons are compared between runs of one model and one answer: give"
+            ' unit="neuron" layers= in place of top_neurons=.'
+        )
+    if several_readings(a.query):
+        raise ArgumentError(
+            "Two models, or two answers, are compared over at most 1,024 candidates: attribute to"
+            " fewer."
+        )
+    names = "a's rows, read out as b's,", "b's rows, read out as a's,"
+    return _run(a, b, names[0]), _run(b, a, names[1])
+
+
+def _run(rows: Attribution, readout: Attribution, name: str) -> Crossed:
+    reader, other, n = ModelReader(rows.model), readout.numbers, len(rows.prompts.length)
+    directions = replace(token_readout(readout), norms=())
+
+    def parts(prompts: slice) -> Decomposition:
+        own, about = directions.part(prompts), (rows.unit, rows.selection)
+        return Decomposition(reader, reader.stream().steps, own, [], *about)
+
+    whole = parts(slice(0, n))
+
+    def taps(prompts: slice) -> list[Tap]:
+        return (whole if prompts == slice(0, n) else parts(prompts)).taps
+
+    once = again(rows, "component", taps=taps)
+    found = whole.rows(once.kept, rows.positions)
+    ratio = other.ratio.to(found.total) / other.scale.to(found.total)[..., None]
+    found = replace(found, ratio=ratio)
+    total, eps = found.total * ratio, max(reader.machine_eps, once.kept.machine_eps)
+    against = "the final stream, read out so"
+    wanted = Wanted(total, torch.zeros_like(total), against, eps)
+    kept = added(found.keys)
+    certificate = certify(found, kept, wanted, readout.query, directions.direction.shape[-1])
+    values = readout.targets.added(found.values * ratio)
+    return Crossed(found.keys, values, name, certificate)
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+def merged(sides: Sequence[Sequence[RowKey]]) -> list[RowKey]:
+    """All rows, each after the one that it follows."""
+    merged = list(sides[0])
+    for keys in sides[1:]:
+        known, last = set(merged), None
+        after: dict[RowKey | None, list[RowKey]] = defaultdict(list)
+        for key in keys:
+            if key in known:
+                last = key
+            else:
+                after[last].append(key)
+        merged = [*after[None], *(one for key in merged for one in (key, *after[key]))]
+    return merged
+
+
+def aligned(
+    keys: Sequence[RowKey], values: Float[Tensor, " row *rest"], everything: Sequence[RowKey]
+) -> Float[Tensor, " all_rows *rest"]:
+    """The values under all rows; 0 where a side has none."""
+    if list(keys) == list(everything):
+        return values
+    place = {key: i for i, key in enumerate(everything)}
+    aligned = values.new_zeros(len(everything), *values.shape[1:])
+    aligned[[place[key] for key in keys]] = values
+    return aligned
+
+
+def added(keys: Sequence[RowKey]) -> list[int]:
+    """The rows that add up: all, or of the readings of a stream the last one and the biases."""
+    return [i for i, key in enumerate(keys) if key.kind != "residual" or key.name == FINAL]
