@@ -27,11 +27,10 @@ from torch import Tensor
 
 from tl_dla.analyses.comparable import require_comparable
 from tl_dla.analyses.cross_terms import (
-    Crossed,
-    added,
     aligned,
     by_runs,
     by_scales,
+    certified,
     merged,
     read_alike,
 )
@@ -378,33 +377,8 @@ def compare(
         constant = constant[:, None, None, None]
         wrote = torch.where(constant, 0.0, wrote)
         read = torch.where(constant, own_b - own_a, read)
-    reconstruction = _certify(a, b, keys, wrote + read, crossed)
+    reconstruction = certified(a, b, keys, wrote + read, crossed)
     reconstruction.raise_or_warn(check, _CAUSE)
     logits, targets = (a.logit, b.logit.to(a.logit)), (a.target, b.target)
     sides = (own_a, own_b, wrote, read, reconstruction, (a.query, b.query), logits)
     return Comparison(keys, *sides, a.unit, targets)
-
-
-def _certify(
-    a: Attribution,
-    b: Attribution,
-    keys: Sequence[RowKey],
-    change: Float[Tensor, "row batch pos candidate"],
-    crossed: Sequence[Crossed],
-) -> Reconstruction:
-    """The changes against that of the logit, and what ran for them against its own stream."""
-    one, other = a.reconstruction, b.reconstruction
-    against = one.against if one.against == other.against else "the logit"
-    tolerance = one.tolerance + other.tolerance.to(one.tolerance)
-    rests = [side.unexplained for side in (one, other)]
-    last = "the changes of the last reading and the biases make"
-    return Reconstruction(
-        b.logit.to(a.logit) - a.logit,
-        b.query.shaped(change[added(keys)].sum(0)),
-        tolerance,
-        f"the change of {against}",
-        {x.name: x.reconstruction for x in crossed if x.reconstruction is not None},
-        {key: max(r.get(key, 0.0) for r in rests) for key in dict.fromkeys([*rests[0], *rests[1]])},
-        tuple(dict.fromkeys([*one.unchecked, *other.unchecked])),
-        last if a.unit == "layer" else "changes add up to",
-    )

@@ -129,3 +129,28 @@ def aligned(
 def added(keys: Sequence[RowKey]) -> list[int]:
     """The rows that add up: all, or of the readings of a stream the last one and the biases."""
     return [i for i, key in enumerate(keys) if key.kind != "residual" or key.name == FINAL]
+
+
+def certified(
+    a: Attribution,
+    b: Attribution,
+    keys: Sequence[RowKey],
+    change: Float[Tensor, "row batch pos candidate"],
+    crossed: Sequence[Crossed],
+) -> Reconstruction:
+    """The changes against that of the logit, and what ran for them against its own stream."""
+    one, other = a.reconstruction, b.reconstruction
+    against = one.against if one.against == other.against else "the logit"
+    tolerance = one.tolerance + other.tolerance.to(one.tolerance)
+    rests = [side.unexplained for side in (one, other)]
+    last = "the changes of the last reading and the biases make"
+    return Reconstruction(
+        b.logit.to(a.logit) - a.logit,
+        b.query.shaped(change[added(keys)].sum(0)),
+        tolerance,
+        f"the change of {against}",
+        {x.name: x.reconstruction for x in crossed if x.reconstruction is not None},
+        {key: max(r.get(key, 0.0) for r in rests) for key in dict.fromkeys([*rests[0], *rests[1]])},
+        tuple(dict.fromkeys([*one.unchecked, *other.unchecked])),
+        last if a.unit == "layer" else "changes add up to",
+    )
