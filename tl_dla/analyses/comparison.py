@@ -16,7 +16,6 @@ and with an ablation: rows are multiplied by numbers that both results hold. Els
 answers) each model runs once more, with the other's readout pulled back through it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
