@@ -11,7 +11,14 @@ import torch
 from tests.support.models import load
 from tests.support.plain import N_HEADS, NAMES, Plain, replacing
 from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
-from tl_dla import ArgumentError, ablate, compare, direct_logit_attribution
+from tl_dla import (
+    ArgumentError,
+    ablate,
+    attribute_inputs,
+    attribute_path,
+    compare,
+    direct_logit_attribution,
+)
 from tl_dla.analyses import comparison
 from tl_dla.core import run
 
@@ -247,6 +254,17 @@ def test_rows_of_one_side_stand_against_nothing():
     assert "L1H2←9" not in a.labels and not found.a[at].any()
     torch.testing.assert_close(found.b[at], b["L1H2←9"])
     torch.testing.assert_close(found.change.sum(0), b.logit - a.logit, atol=3e-5, rtol=1e-4)
+
+
+def test_rows_of_another_kind_are_refused():
+    model = load("gpt2")
+    inputs = attribute_inputs(model, LONG, ANSWERS, progress=False)
+    with pytest.raises(ArgumentError, match="a InputAttribution has rows of another kind"):
+        compare(inputs, inputs)
+    source = attribute(model, LONG, "source")
+    path = attribute_path(source, "L2H1", 4)
+    with pytest.raises(ArgumentError, match="rows of a path are of another place"):
+        compare(path, path)
 
 
 def test_other_answers_are_compared_where_that_is_meant():

@@ -1,11 +1,12 @@
 """Which results can stand against each other, and why others cannot."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.selection import Unit
 from tl_dla.model.reader import ModelReader
 
 
@@ -16,6 +17,12 @@ def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
             f'Rows of one unit are compared; a has unit="{a.unit}", b unit="{b.unit}": attribute'
             " both with one."
         )
+    for one in (a, b):
+        if one.unit not in get_args(Unit) or one.numbers.readouts is None:
+            raise ArgumentError(
+                "Rows of direct_logit_attribution are compared, which parts wrote to the final"
+                f" stream; a {type(one).__name__} has rows of another kind."
+            )
     if a.hops or b.hops:
         raise ArgumentError(
             "Rows that parts wrote to the final stream are compared; the rows of a path are of"
@@ -41,10 +48,11 @@ def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
     if a.targets.candidates != b.targets.candidates:
         raise ArgumentError("Candidates are compared one by one: give both results the same.")
     _require_one_architecture(a.model, b.model)
-    if a.unit == "neuron" and set(a.keys) != set(b.keys):
+    chosen = (a.selection.top_neurons, a.selection.top_latents)
+    if chosen != (None, None) and set(a.keys) != set(b.keys):
         raise ArgumentError(
-            "The largest neurons of the two results are not the same, so their rows do not stand"
-            ' against each other: give unit="neuron" layers= in place of top_neurons=.'
+            f"The largest {a.unit}s of the two results are not the same, so their rows do not"
+            f" stand against each other: leave out top_{a.unit}s=."
         )
     if not answers and not same_answers(a, b):
         raise ArgumentError(

@@ -139,11 +139,16 @@ class Comparison:
         return [key.layer for key in self.keys]
 
     @property
+    def sources(self) -> list[int | None]:
+        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
+        return [key.source for key in self.keys]
+
+    @property
     def query(self) -> Query:
         """The question of b, whose positions and tokens name the samples."""
         return self.queries[1]
 
-    path = ()  # of no head's
+    path, what, units = (), "logit", "logits"
 
     @property
     def target(self) -> str:

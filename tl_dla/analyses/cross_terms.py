@@ -18,7 +18,7 @@ from tl_dla.core.certificate import Reconstruction, Wanted, certify
 from tl_dla.core.decomposition import Decomposition
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
-from tl_dla.core.run import again, several_readings, token_readout
+from tl_dla.core.run import again, direct_unit, several_readings, token_readout
 from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError
 from tl_dla.model.reader import ModelReader
@@ -37,9 +37,10 @@ class Crossed:
 
 def read_alike(a: Attribution, b: Attribution) -> bool:
     """Whether the readouts are the same directions, so that scales and ratios alone differ."""
-    one, other = a.numbers.readouts.cpu(), b.numbers.readouts.cpu()
+    one, other = a.numbers.readouts, b.numbers.readouts
+    assert one is not None and other is not None
     valid = a.positions.valid.cpu()
-    return same_answers(a, b) and torch.equal(one[valid], other[valid])
+    return same_answers(a, b) and torch.equal(one.cpu()[valid], other.cpu()[valid])
 
 
 def by_scales(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
@@ -56,10 +57,10 @@ def by_scales(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
 
 def by_runs(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
     """The same where directions differ: each model runs again, with the other's readout."""
-    if a.selection.top_neurons is not None:
+    if (a.selection.top_neurons, a.selection.top_latents) != (None, None):
         raise ArgumentError(
-            "The largest neurons are compared between runs of one model and one answer: give"
-            ' unit="neuron" layers= in place of top_neurons=.'
+            f"The largest {a.unit}s are compared between runs of one model and one answer: leave"
+            f" out top_{a.unit}s=."
         )
     if several_readings(a.query):
         raise ArgumentError(
@@ -75,7 +76,7 @@ def _run(rows: Attribution, readout: Attribution, name: str) -> Crossed:
     directions = replace(token_readout(readout), norms=())
 
     def parts(prompts: slice) -> Decomposition:
-        own, about = directions.part(prompts), (rows.unit, rows.selection)
+        own, about = directions.part(prompts), (direct_unit(rows), rows.selection)
         return Decomposition(reader, reader.stream().steps, own, [], *about)
 
     whole = parts(slice(0, n))
