@@ -16,9 +16,10 @@ from torch import Tensor
 from tl_dla.analyses.comparable import same_answers
 from tl_dla.core.certificate import Reconstruction, Wanted, certify
 from tl_dla.core.decomposition import Decomposition
+from tl_dla.core.final_readout import token_readout
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
-from tl_dla.core.run import again, direct_unit, several_readings, token_readout
+from tl_dla.core.run import again, direct_unit, several_readings
 from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError
 from tl_dla.model.reader import ModelReader
