@@ -18,6 +18,7 @@ from tl_dla import (
     attribute_path,
     compare,
     direct_logit_attribution,
+    load_result,
 )
 from tl_dla.analyses import comparison
 from tl_dla.core import run
@@ -256,11 +257,25 @@ def test_rows_of_one_side_stand_against_nothing():
     torch.testing.assert_close(found.change.sum(0), b.logit - a.logit, atol=3e-5, rtol=1e-4)
 
 
+def test_what_was_kept_or_chosen_is_compared_without_the_model(tmp_path):
+    model = load("gemma2")
+    a, b = attribute(model, LONG), attribute(model, SHORT)
+    found, kept = compare(a, b), [load_result(x.save(tmp_path / "x")) for x in (a, b)]
+    loaded, one = compare(*kept), compare(a.select(prompt=1), b.select(prompt=1))
+    for term in ("change", "wrote", "read"):
+        assert torch.equal(getattr(loaded, term), getattr(found, term))
+        torch.testing.assert_close(getattr(one, term)[:, 0], getattr(found, term)[:, 1])
+    assert "✓" in repr(loaded) and loaded.plot().data and loaded.target == found.target
+
+
 def test_rows_of_another_kind_are_refused():
     model = load("gpt2")
     inputs = attribute_inputs(model, LONG, ANSWERS, progress=False)
-    with pytest.raises(ArgumentError, match="a InputAttribution has rows of another kind"):
+    with pytest.raises(ArgumentError, match="this InputAttribution has rows of another kind"):
         compare(inputs, inputs)
+    mean = attribute(model, LONG).mean()
+    with pytest.raises(ArgumentError, match="or their means"):
+        compare(mean, mean)
     source = attribute(model, LONG, "source")
     path = attribute_path(source, "L2H1", 4)
     with pytest.raises(ArgumentError, match="rows of a path are of another place"):

@@ -6,8 +6,11 @@ import torch
 
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.absent import AbsentModel
 from tl_dla.inputs.selection import Unit
 from tl_dla.model.reader import ModelReader
+
+_SIZES = ("n_layers", "n_heads", "d_model", "d_vocab")
 
 
 def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
@@ -21,7 +24,8 @@ def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
         if one.unit not in get_args(Unit) or one.numbers.readouts is None:
             raise ArgumentError(
                 "Rows of direct_logit_attribution are compared, which parts wrote to the final"
-                f" stream; a {type(one).__name__} has rows of another kind."
+                f" stream; this {type(one).__name__} has rows of another kind, or their means"
+                " (compare first: top and the figures take means themselves)."
             )
     if a.hops or b.hops:
         raise ArgumentError(
@@ -73,19 +77,23 @@ def same_answers(a: Attribution, b: Attribution) -> bool:
 
 
 def _require_one_architecture(a: Any, b: Any) -> None:
+    """Of models that are there by name and vocabulary; of what was kept of them, by their sizes."""
     if a is b:
+        return
+    sizes = [{name: getattr(model.cfg, name, None) for name in _SIZES} for model in (a, b)]
+    for name, one in sizes[0].items():
+        if one != sizes[1][name]:
+            raise ArgumentError(
+                f"Models of one architecture are compared; a's {name} is {one}, b's"
+                f" {sizes[1][name]}."
+            )
+    if isinstance(a, AbsentModel) or isinstance(b, AbsentModel):
         return
     names = [ModelReader(model).architecture for model in (a, b)]
     if names[0] != names[1]:
         raise ArgumentError(
             f"Models of one architecture are compared; a's is {names[0]}, b's {names[1]}."
         )
-    for name in ("n_layers", "d_model", "n_heads", "d_vocab"):
-        one, other = getattr(a.cfg, name), getattr(b.cfg, name)
-        if one != other:
-            raise ArgumentError(
-                f"Models of one architecture are compared; a's {name} is {one}, b's {other}."
-            )
     tokenizers = [getattr(model, "tokenizer", None) for model in (a, b)]
     vocabularies = [None if t is None else t.get_vocab() for t in tokenizers]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:

@@ -148,7 +148,7 @@ class Comparison:
         """The question of b, whose positions and tokens name the samples."""
         return self.queries[1]
 
-    path, what, units = (), "logit", "logits"
+    path, what, units, mean_over = (), "logit", "logits", ""
 
     @property
     def target(self) -> str:
