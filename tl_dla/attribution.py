@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
@@ -26,6 +26,7 @@ from tl_dla.core.view import view_of
 from tl_dla.effects.audit import Audit, audit
 from tl_dla.effects.interventions import Group
 from tl_dla.effects.substitutes import Ablation, At
+from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle
 from tl_dla.inputs.caches import read_cache, read_cached_prompts
 from tl_dla.inputs.dictionaries import Dictionaries
@@ -70,6 +71,26 @@ class DirectLogitAttribution(Attribution):
                 for a path, whose rows are not in the final stream.
         """
         return readout_of(self)
+
+    @property
+    def log_prob_diff(self) -> Float[Tensor, "*batch_and_pos"]:
+        """The answer's log-probability less the mean of the incorrect ones', in nats.
+
+        It is the logit difference: log-softmax takes the same number from every logit, so that the
+        rows of a difference are parts of a difference of log-probabilities too. Those of a single
+        logit are not parts of its log-probability.
+
+        Raises:
+            ArgumentError: for a result that is not of a logit difference.
+        """
+        weights = self.targets.weights
+        balanced = weights is not None and bool((weights.sum(1).abs() < 1e-9).all())
+        if self.hops or self.subject is not None or not balanced:
+            raise ArgumentError(
+                "A single logit says nothing of log-probabilities, a difference does: attribute"
+                " with incorrect_tokens."
+            )
+        return self.query.shaped(self.targets.added(self.numbers.logits))
 
     def promoted_tokens(
         self, label: str, k: int = 10, *, prompt: int | None = None, position: int | None = None
