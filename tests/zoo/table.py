@@ -8,9 +8,9 @@ TransformerLens's tool after
 `enable_compatibility_mode()`, which it needs. "exact": what the rows
 add up to is within 1e-4 of the logit difference of the plain `transformers` module, and the heads
 of each layer plus their bias within 1e-4 of its `attn_out` row. Inputs (`attribute_inputs`): the
-same of tokens and biases, at the input of every layer too. Scores (`attribute_attention`): query
-rows, key rows and pairs of a head are within 1e-4 of the log of the ratio of the model's own
-attention. Needs TransformerLens 4.
+same of tokens and biases, at the input of every layer too. Scores (`attribute_attention`): a
+head's query rows and key rows are within 1e-4 of the log of the ratio of the model's own attention,
+in every layer that has a pattern. Needs TransformerLens 4.
 """
 
 import sys
@@ -74,7 +74,9 @@ def line(name: str) -> list[str]:
         cell, reason = _ours(model, unit, logit)
         cells.append(cell)
         why += [reason] if reason and reason not in why else []
-    cells += [_inputs(model, logit), _scores(model)]
+    scores, reason = _scores(model)
+    cells += [_inputs(model, logit), scores]
+    why += [reason] if reason and cells[0] != "refused" else []
     if name in BRIDGE_DIFFERS:
         why.append("the bridge's own logits differ from the transformers module's")
     return [*cells, *(_theirs(name, unit, logit) for unit in ("component", "head")), "; ".join(why)]
@@ -121,23 +123,41 @@ def _inputs(model: Any, logit: torch.Tensor) -> str:
     return "exact" if off < TOLERANCE and max(layers) < TOLERANCE else "**wrong**"
 
 
-def _scores(model: Any) -> str:
-    """Of the first head of the last layer that has attention."""
-    for layer in reversed(range(model.cfg.n_layers)):
+def _scores(model: Any) -> tuple[str, str]:
+    """Who wrote the query and the keys of the second head of every layer that has a pattern."""
+    patterns: dict[int, torch.Tensor] = {}
+
+    def keep(pattern: torch.Tensor, hook: Any) -> None:
+        patterns[int(hook.name.split(".")[1])] = pattern[:, 1].clone()
+
+    try:
+        with model.hooks(fwd_hooks=[(lambda name: name.endswith("attn.hook_pattern"), keep)]):
+            model(tokens())
+    except Exception as error:
+        return "refused", _sentence(error)
+    off = 0.0
+    for layer, pattern in patterns.items():
+        query, key, versus = _seen(pattern)
         try:
             result = attribute_attention(
-                model, tokens(), f"L{layer}H0", key=-2, versus=-4, check="off"
+                model, tokens(), f"L{layer}H1", query=query, key=key, versus=versus, check="off"
             )
-        except TlDlaError:
-            continue
-        _, cache = model.run_with_cache(tokens(), names_filter=lambda name: "pattern" in name)
-        paid = cache[f"blocks.{layer}.attn.hook_pattern"][:, 0, -1].double().log()
-        own = paid[:, -2] - paid[:, -4]
-        ledgers = result.by_query.attribution, result.by_key.attribution
-        sums = [*(ledger.double().sum(0) for ledger in ledgers), result.pairs.double().sum((0, 1))]
-        off = max(float((total.flatten() - own).abs().max()) for total in sums)
-        return "exact" if off < TOLERANCE else f"**wrong** by {off:.1g}"
-    return "refused"
+        except TlDlaError as error:
+            return "refused", str(error)
+        own = (pattern[:, query, key] / pattern[:, query, versus]).double().log()
+        for rows in (result.by_query, result.by_key):
+            off = max(off, float((rows.attribution.double().sum(0) - own).abs().max()))
+    if not patterns:
+        return "refused", "no layer shows an attention pattern"
+    return ("exact" if off < TOLERANCE else "**wrong**"), ""
+
+
+def _seen(pattern: torch.Tensor) -> tuple[int, int, int]:
+    """A query and two keys that the head sees in both prompts."""
+    sees = (pattern > 0).all(0)
+    wide = int(sees.sum(1).argmax())
+    versus, key = sees[wide].nonzero()[:2, 0].tolist()
+    return wide, key, versus
 
 
 def _theirs(name: str, unit: str, logit: torch.Tensor) -> str:
