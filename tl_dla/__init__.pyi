@@ -38,3 +38,5 @@ from .errors import TlDlaError as TlDlaError
 from .errors import TokenError as TokenError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .loading import load_model as load_model
+
+__version__: str

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformer_lens.utilities import Slice
 
 from tests.support.models import load
 from tests.zoo.build import tokens
 from tl_dla import direct_logit_attribution
-from tl_dla.inputs.positions import read_positions
+from tl_dla.inputs.positions import read_positions, slice_class
 from tl_dla.inputs.tokens import read_prompts
 
+Slice = slice_class()
 TEXTS = ["w5 w7 w9 w31 w30", "w8 w6", "w40 w41 w42 w8"]
 LENGTHS = torch.tensor([6, 3, 5])
 

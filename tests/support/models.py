@@ -60,8 +60,6 @@ def strong(name: str) -> tuple[nn.Module, nn.Module]:
     Every vector of weights is 2.5 times that of the zoo: norm weights around 2.5, β and biases of
     standard deviation 0.75.
     """
-    from transformer_lens.model_bridge import TransformerBridge
-
     plain = hooked(name, torch.float64) if name in HOOKED else hf_reference(name, torch.float64)
     with torch.no_grad():
         for parameter in plain.parameters():
@@ -69,6 +67,9 @@ def strong(name: str) -> tuple[nn.Module, nn.Module]:
                 parameter.mul_(2.5)
     if name in HOOKED:
         return plain, copy.deepcopy(plain)
+    pytest.importorskip("transformer_lens.model_bridge", reason="TransformerLens 2 has no bridge")
+    from transformer_lens.model_bridge import TransformerBridge
+
     folder = str(build(name)[1])
     inner = copy.deepcopy(plain)
     options = dict(device="cpu", dtype=torch.float64, hf_model=inner)
