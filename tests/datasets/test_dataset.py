@@ -245,6 +245,14 @@ def test_the_result_ranks_and_tabulates(model):
     assert line["mean"] == result.groups["b"]["L1H2"].mean and line["n"] == 25
     bars = result.plot(5, kind="head").data[0]
     assert bars.x.tolist() == [row.mean for row in result.top(5, kind="head", by="magnitude")]
+    for name, points in zip("ab", result.plot(5, by_group=True).data, strict=True):
+        own, rows = result.groups[name], result.top(5, by="magnitude")
+        assert points.name == f"{name} ({own.n})"
+        assert points.x.tolist() == [own[row.label].mean for row in rows]
+        high = (points.x + points.error_x.array).tolist()
+        assert high == pytest.approx([own[row.label].high for row in rows])
+    with pytest.raises(ArgumentError, match="have no groups"):
+        result.groups["a"].plot(by_group=True)
     with pytest.raises(KeyError, match="No row .*L9H9"):
         result["L9H9"]
     with pytest.raises(ArgumentError, match="No row is of kind"):

@@ -229,6 +229,10 @@ def test_an_audit_is_a_table_and_in_the_panel(ask):
         ".innerText"
     )
     assert "L2H4" in table and number(total) in table
+    drawn = "document.querySelector('[aria-labelledby=audit] .js-plotly-plot')"
+    bars = page.evaluate(f"Array.from({drawn}._fullData[0].x)")
+    np.testing.assert_allclose(bars, audit.direct.flatten(), rtol=1e-5)
+    assert len(page.evaluate(f"{drawn}.layout.shapes")) == 1  # the chosen row
     said = page.evaluate("document.querySelector('[aria-labelledby=audit]').innerText")
     assert all(sentence in said for sentence in audit.sentences)
 

@@ -175,28 +175,48 @@ class DatasetAttribution:
         k: int = 20,
         *,
         kind: Kind | None = None,
+        by_group: bool = False,
         title: str | None = None,
         width: int | None = None,
         height: int | None = None,
     ) -> "go.Figure":
-        """The k rows of the largest means by magnitude with their intervals, a plotly figure."""
-        from tl_dla.figures import charts
+        """The k rows of the largest means by magnitude with their intervals, a plotly figure.
 
-        rows = self.top(k, kind=kind, by="magnitude")
+        Args:
+            k: how many rows.
+            kind: only rows of this kind.
+            by_group: each group of prompts beside the others, in place of all prompts.
+            title: in place of the figure's own.
+            width: in pixels.
+            height: in pixels.
+
+        Raises:
+            ArgumentError: for `by_group` where the dataset has no groups.
+        """
+        from tl_dla.figures import charts, effects
+
+        if by_group and not self.groups:
+            raise ArgumentError("The dataset's examples have no groups to draw.")
+        labels = [row.label for row in self.top(k, kind=kind, by="magnitude")]
+        look = charts.Look(title, width, height)
+        heading = charts.Heading(
+            f"{self.n:,} prompts: the {len(labels)} largest rows",
+            f"{self.quantity}, mean over prompts, {self.confidence:.0%} interval; {self.model}",
+        )
+        if not by_group:
+            return charts.intervals(labels, *self._intervals(labels), heading=heading, look=look)
+        groups = {
+            f"{name} ({part.n:,})": part._intervals(labels) for name, part in self.groups.items()
+        }
+        return effects.by_group(labels, groups, heading, look)
+
+    def _intervals(self, labels: Sequence[str]) -> tuple[Any, Any, Any]:
+        """Means of rows, and the lower and upper ends of their intervals."""
+        rows = [self[label] for label in labels]
         mean, low, high = (
             np.array([getattr(row, name) for row in rows]) for name in ("mean", "low", "high")
         )
-        return charts.intervals(
-            [row.label for row in rows],
-            mean,
-            low,
-            high,
-            heading=charts.Heading(
-                f"{self.n:,} prompts: the {len(rows)} largest rows",
-                f"{self.quantity}, mean over prompts, {self.confidence:.0%} interval; {self.model}",
-            ),
-            look=charts.Look(title, width, height),
-        )
+        return mean, low, high
 
     def __repr__(self) -> str:
         """The rows that matter with their intervals, and the model's own logit."""

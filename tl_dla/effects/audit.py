@@ -37,6 +37,7 @@ from tl_dla.model.reader import ModelReader
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,6 +143,34 @@ class Audit:
             where = {"prompt": places[:, 0].tolist(), "position": index}
             lines.append(pd.DataFrame({"row": row, **where, **values}))
         return pd.concat(lines, ignore_index=True)
+
+    def plot(
+        self, *, title: str | None = None, width: int | None = None, height: int | None = None
+    ) -> "go.Figure":
+        """Direct effects as bars, total ones as diamonds, and the flags by name; a plotly figure.
+
+        Means over prompts and positions, in logits; hover says the flags as sentences.
+        """
+        from tl_dla.figures import effects
+        from tl_dla.figures.charts import Heading, Look
+        from tl_dla.figures.text import safe
+
+        def mean(x: Tensor) -> Any:
+            return x.reshape(len(self.rows), -1).nanmean(1).double().cpu().numpy()
+
+        flags = [[flag for flag in self.flags if flag.row == row] for row in self.rows]
+        shown = effects.Effects(
+            self.rows,
+            mean(self.direct),
+            mean(self.total),
+            [[flag.name for flag in own] for own in flags],
+            [[flag.sentence for flag in own] for own in flags],
+        )
+        heading = Heading(
+            f"Direct and total effects on {safe(self.result.target)}",
+            f"{self.ablation}-ablated at {where(self.at)}, mean over prompts and positions",
+        )
+        return effects.direct_and_total(shown, heading, Look(title, width, height))
 
     def _of_result(self) -> Float[Tensor, " row *batch_and_pos"]:
         """The rows themselves, groups added up."""

@@ -32,6 +32,7 @@ from tl_dla.model.stream import ResidPoint
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 _NO_WRITERS = ("bias", "rest", "residual")
 
@@ -122,6 +123,40 @@ class Erasures:
                 }
             )
         return pd.DataFrame(lines, columns=_COLUMNS)
+
+    def plot(
+        self,
+        k: int = 12,
+        *,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> "go.Figure":
+        """Writer × the k rows after them that remove most, as a plotly figure, in logits.
+
+        Means over prompts and positions: red where a later row removes of a writer that raises the
+        logit, blue where it writes it again.
+        """
+        from tl_dla.figures import effects
+        from tl_dla.figures.charts import Heading, Look
+
+        ratio, logits = (
+            x.reshape(*x.shape[:2], -1).nanmean(-1).double().cpu()
+            for x in (self.ratio, self.logits)
+        )
+        largest = logits.abs().amax(0).argsort(descending=True)[:k]
+        columns = [j for j in largest.sort().values.tolist() if bool(self.later[:, j].any())]
+        return effects.erased(
+            self.writers,
+            [self.labels[j] for j in columns],
+            logits[:, columns].numpy(),
+            ratio[:, columns].numpy(),
+            Heading(
+                "What later rows write along what earlier ones wrote",
+                "mean over prompts and positions",
+            ),
+            Look(title, width, height),
+        )
 
     def __repr__(self) -> str:
         """The pairs that remove most."""

@@ -34,9 +34,18 @@ from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 _ATTENTION = ("head", "attn", "ssm", "source")
 _MLPS = ("mlp", "neuron", "neurons", "expert")
+_PARTS = ["direct", "total", "repair", "attention", "mlps", "other", "norm", "softcap"]
+_THROUGH = {
+    "attention": "through attention",
+    "mlps": "through MLPs",
+    "other": "through other rows",
+    "norm": "through the final norm",
+    "softcap": "through the soft cap",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,10 +111,33 @@ class SelfRepair:
         """
         import pandas as pd
 
-        parts = ["direct", "total", "repair", "attention", "mlps", "other", "norm", "softcap"]
-        logits = [float(getattr(self, part).nanmean()) for part in parts]
+        logits = [float(getattr(self, part).nanmean()) for part in _PARTS]
         share = [value / logits[0] for value in logits]
-        return pd.DataFrame({"part": parts, "logits": logits, "share": share})
+        return pd.DataFrame({"part": _PARTS, "logits": logits, "share": share})
+
+    def plot(
+        self, *, title: str | None = None, width: int | None = None, height: int | None = None
+    ) -> "go.Figure":
+        """Steps from the direct effect, through every later part, to the total effect.
+
+        Means over prompts and positions, in logits. A step is what its part gives back with the
+        sign turned: repair of a positive row goes to the left. Parts of nothing are left out.
+        """
+        from tl_dla.figures import effects
+        from tl_dla.figures.charts import Heading, Look
+        from tl_dla.figures.text import safe
+
+        means = {name: float(getattr(self, name).nanmean()) for name in _PARTS}
+        parts = {"direct effect": means["direct"]}
+        least = 1e-5 * max(map(abs, means.values()))
+        parts |= {
+            words: -means[part] for part, words in _THROUGH.items() if abs(means[part]) > least
+        }
+        heading = Heading(
+            f"From the direct effect of {safe(self.name)} to its total one",
+            "what later parts make of its ablation; mean over prompts and positions",
+        )
+        return effects.repair(parts, means["total"], heading, Look(title, width, height))
 
     def _of(self, kinds: tuple[str, ...]) -> Tensor:
         rows = [i for i, kind in enumerate(self.kinds) if kind in kinds]

@@ -1,4 +1,4 @@
-"""Rows as bars from 0, with a dot for every value behind a mean."""
+"""Rows as bars from 0, with a dot for every value behind a mean, or as steps to a total."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla.figures import charts
-from tl_dla.figures.text import percent, safe
+from tl_dla.figures import charts, theme
+from tl_dla.figures.text import number, percent, safe
 from tl_dla.figures.view import View, Words
 
 
@@ -70,3 +70,32 @@ def bars(
         )
         traces.extend(dots)
     return traces
+
+
+def waterfall(rows: Bars, where: str) -> go.Waterfall:
+    """Steps from 0 to the last row, which is what they add up to; `where` is for hover."""
+    values, share, words = rows.values[:, 0], rows.share[:, 0], rows.words
+    ends = [*np.cumsum(values[:-1]), values[-1]]
+    hover = [
+        f"<b>{safe(label)}</b><br>{value:+.4f} {words.units} ({percent(part, words.what)})"
+        f"<br>{end:+.4f} so far<br>{safe(where)}"
+        for label, value, part, end in zip(rows.labels, values, share, ends, strict=True)
+    ]
+    return go.Waterfall(
+        orientation="h",
+        y=np.arange(len(values)),
+        x=values,
+        measure=["relative"] * (len(values) - 1) + ["absolute"],
+        increasing_marker_color=theme.POSITIVE,
+        decreasing_marker_color=theme.NEGATIVE,
+        totals_marker_color=theme.NEUTRAL,
+        connector_line=dict(width=0.6, color=theme.NEUTRAL),
+        text=[number(value) for value in values],
+        textposition="outside",
+        textfont_size=10,
+        cliponaxis=False,
+        width=0.66,
+        hovertext=hover,
+        hoverinfo="text",
+        showlegend=False,
+    )

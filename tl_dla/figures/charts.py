@@ -80,7 +80,7 @@ def styled(fig: go.Figure, heading: Heading, look: Look, sizes: Sizes) -> go.Fig
     title, subtitle = heading.title, heading.subtitle
     if look.title is not None:
         title, subtitle = safe(look.title), subtitle if look.title else ""
-    large, small = _lines(title, look.room, 8.6), _lines(subtitle, look.room, 6.4)
+    large, small = lines(title, look.room, 8.6), lines(subtitle, look.room, 6.4)
     buttons = 28 if look.narrow and large else 0  # plotly's, which stand over a wide title's end
     head = 21 * len(large) + 16 * len(small) + 26 * bool(large) + buttons
     lower = f'<br><span style="font-size:12px">{"<br>".join(small)}</span>' if small else ""
@@ -97,7 +97,7 @@ def styled(fig: go.Figure, heading: Heading, look: Look, sizes: Sizes) -> go.Fig
     return fig
 
 
-def _lines(text: str, room: int, letter: float) -> list[str]:
+def lines(text: str, room: int, letter: float) -> list[str]:
     """Text in lines no wider than the room, for letters of a mean width in pixels."""
     length = int((room - 40) / letter)
     return [line for part in text.split("<br>") for line in textwrap.wrap(part, length)]

@@ -19,10 +19,10 @@ from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
-from tl_dla.figures.bars import Bars, bars
+from tl_dla.figures.bars import Bars, bars, waterfall
 from tl_dla.figures.charts import PLAIN, Colours, Grid, Heading, Look, Sizes
 from tl_dla.figures.head_map import heads
-from tl_dla.figures.text import number, percent, safe, visible
+from tl_dla.figures.text import number, visible
 from tl_dla.figures.trajectory import trajectory
 from tl_dla.figures.view import View, fold, headings
 
@@ -72,7 +72,7 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         [*labels, view.words.logit], every, every / np.where(logit == 0, np.nan, logit), view.words
     )
     if len(view.samples) == 1:
-        fig = go.Figure(_waterfall(rows, view.names[0]))
+        fig = go.Figure(waterfall(rows, view.names[0]))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
         fallen = [end for end, value in zip(ends[1:], values[:, 0], strict=False) if value < 0]
         fig.update_xaxes(range=charts.room_beside(ends, fallen, look))
@@ -84,35 +84,6 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     fig.update_layout(meta=dict(marks=charts.marks_of_rows(labels)))
     heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(20 * len(rows.labels) + 20))
-
-
-def _waterfall(rows: Bars, where: str) -> go.Waterfall:
-    """Steps from 0 to the last row, which is what they add up to."""
-    values, share, words = rows.values[:, 0], rows.share[:, 0], rows.words
-    ends = [*np.cumsum(values[:-1]), values[-1]]
-    hover = [
-        f"<b>{safe(label)}</b><br>{value:+.4f} {words.units} ({percent(part, words.what)})"
-        f"<br>{end:+.4f} so far<br>{safe(where)}"
-        for label, value, part, end in zip(rows.labels, values, share, ends, strict=True)
-    ]
-    return go.Waterfall(
-        orientation="h",
-        y=np.arange(len(values)),
-        x=values,
-        measure=["relative"] * (len(values) - 1) + ["absolute"],
-        increasing_marker_color=theme.POSITIVE,
-        decreasing_marker_color=theme.NEGATIVE,
-        totals_marker_color=theme.NEUTRAL,
-        connector_line=dict(width=0.6, color=theme.NEUTRAL),
-        text=[number(value) for value in values],
-        textposition="outside",
-        textfont_size=10,
-        cliponaxis=False,
-        width=0.66,
-        hovertext=hover,
-        hoverinfo="text",
-        showlegend=False,
-    )
 
 
 # ---- tables of rows ----------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class Card:
         label: `L9H6`.
         value: its row there.
         mean: its row's mean over prompts and positions, where there are several.
-        pattern: the kind of its pattern over all prompts.
+        pattern: the kind of its pattern, where it is attributed and over all tokens.
         tokens: the prompt coloured by what the head moved from each token.
         reads: of the tokens read most: the token, its position, attention and contribution.
         picture: its pattern as an image, where circuitsvis does not draw it.
@@ -180,14 +180,14 @@ def _card(head: HeadPattern, prompt: int, tokens: list[str], pictured: bool) -> 
     own = own[~own.isnan()][-1]
     several = int((~head.value.isnan()).sum())
     mean = number(float(head.value.nanmean()))
-    named = "" if head.kind == "other" else f" ({head.scores[head.kind]:.2f})"
+    here, over = head.described()
     n = len(tokens)
     reads = head.reads(n, prompt=prompt)
     return Card(
         label=head.label,
         value=number(float(own)),
         mean=f"mean {mean} over {several}" if several > 1 else "",
-        pattern=f"{head.kind}{named}",
+        pattern=f"from the attributed token{'s' * (several > 1)}: {here}; from all tokens: {over}",
         tokens=_coloured(reads, tokens, prompt),
         reads=[
             (repr(tokens[at]), at, f"{attention:.1%}", number(moved))

@@ -142,6 +142,8 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
     by_unit = cache(partial(of_unit, result))  # the model runs once a unit
     places, figures = held_places(result, prompt), Figures()
     drawn = sections(result, by_unit, places, shown, figures)
+    audit = None if shown.audit is None else fragments.audited(shown.audit)
+    pictured = None if shown.audit is None else figures.audit(shown.audit)
     data = evidence(result, _other_parts(result, by_unit), prompt, shown.audit)
     return _template().render(
         title=f"What wrote the logit of {view_of(result).words.target}",
@@ -151,7 +153,8 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
         passed=result.reconstruction.passed,
         certificate=result.reconstruction,
         sections=drawn,
-        audit=None if shown.audit is None else fragments.audited(shown.audit),
+        audit=audit,
+        pictured=pictured,
         from_cache=not result.numbers.ran,
         certificates=fragments.certificates(result),
         command=command,

@@ -144,6 +144,11 @@ class Figures:
         wanted = (first.layout.meta or {}).get("least", 330)
         return Drawn(name, wanted, first.layout.height, label)
 
+    def audit(self, audit: Audit) -> Drawn:
+        """The element for an audit, which is of all prompts."""
+        label = f"direct and total effects of {len(audit.rows)} rows"
+        return self.add({Choice().key: (audit.plot(title=""), [], label)})
+
 
 # Each unit's section: what it is called, and what one sees.
 _UNITS: dict[Unit, tuple[str, str]] = {
