@@ -22,7 +22,7 @@ PICTURE, FIGURE = "image/png", "application/vnd.plotly.v1+json"
 REAL_FROM = {
     "1_which_parts_wrote_this_logit.ipynb": 'smollm2 = load_model("smollm2")',
     "2_finding_the_ioi_circuit.ipynb": "def study(model, prompts):",
-    "3_folded_or_not.ipynb": 'gemma = load_model("gemma3")',
+    "3_folded_or_not.ipynb": 'smollm2 = load_model("smollm2")',
     "4_what_attribution_does_not_tell.ipynb": 'real = attribute(load_model("smollm2"))',
     "5_logit_prisms.ipynb": None,
 }
@@ -93,8 +93,25 @@ def require_weights(notebook: nbformat.NotebookNode) -> None:
                 pytest.skip(str(error))
 
 
-def test_there_are_five_tutorials():
+def test_every_tutorial_is_run():
     assert NOTEBOOKS == sorted(REAL_FROM)
+
+
+@pytest.mark.parametrize("name", [*NOTEBOOKS, "exercises/exercises.ipynb"])
+def test_a_notebook_opens_with_three_lines_a_prediction_and_what_installs_it(name):
+    first, install = read(name).cells[:2]
+    lines = first.source.splitlines()
+    starts = ["# ", "", "**You need** ", "**It takes** ", "**After it you can** ", ""]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=False))
+    assert lines[6].startswith("**Predict first.** ") and "?" in lines[6]
+    assert '"google.colab" in sys.modules' in install.source and "tl-dla" in install.source
+
+
+@pytest.mark.parametrize("name", [*NOTEBOOKS, "exercises/exercises.ipynb"])
+def test_a_notebook_asks_a_question_and_folds_its_answer(name):
+    text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+    assert len(re.findall(r"<details><summary>[^<]*\?</summary>", text)) >= 1
+    assert text.count("<details>") == text.count("</details>")
 
 
 @pytest.mark.parametrize("name", sorted(CLAIMS))
@@ -120,7 +137,7 @@ def test_a_tutorial_runs_from_the_top(name):
 
 def test_a_claim_that_does_not_hold_fails():
     notebook = read("1_which_parts_wrote_this_logit.ipynb")
-    notebook.cells = notebook.cells[:4]
+    notebook.cells = notebook.cells[:5]
     notebook.cells.append(nbformat.v4.new_code_cell("assert model.cfg.n_layers == 0"))
     with pytest.raises(CellExecutionError, match="AssertionError"):
         execute(notebook)
