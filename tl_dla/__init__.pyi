@@ -11,7 +11,6 @@ from .analyses.comparison import compare as compare
 from .analyses.completion import attribute_answer as attribute_answer
 from .analyses.geometry import unembedding_pca as unembedding_pca
 from .analyses.head_patterns import top_heads_with_patterns as top_heads_with_patterns
-from .analyses.inputs_ledger import attribute_inputs as attribute_inputs
 from .analyses.logit_lens import logit_lens as logit_lens
 from .analyses.paths import attribute_path as attribute_path
 from .analyses.token_map import token_map as token_map
@@ -38,5 +37,6 @@ from .errors import TlDlaError as TlDlaError
 from .errors import TokenError as TokenError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .loading import load_model as load_model
+from .total import attribute_inputs as attribute_inputs
 
 __version__: str

@@ -28,14 +28,12 @@ from tl_dla.effects.interventions import Group
 from tl_dla.effects.substitutes import Ablation, At
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle
-from tl_dla.inputs.caches import read_cache, read_cached_prompts
 from tl_dla.inputs.dictionaries import Dictionaries
-from tl_dla.inputs.models import require_eval, require_model
-from tl_dla.inputs.positions import read_positions
-from tl_dla.inputs.query import Query
+from tl_dla.inputs.models import require_model
+from tl_dla.inputs.reading import read_query
 from tl_dla.inputs.selection import Unit, read_selection, require_unit, with_dictionaries
-from tl_dla.inputs.targets import Answers, read_targets, require_answer
-from tl_dla.inputs.tokens import Input, read_prompts, texts_of
+from tl_dla.inputs.targets import Answers, require_answer
+from tl_dla.inputs.tokens import Input
 from tl_dla.model.reader import ModelReader
 from tl_dla.report.page import Explorer, Shown, page_of, write_report
 
@@ -322,16 +320,7 @@ def direct_logit_attribution(
     selection = read_selection(reader, unit, layers, heads, top_neurons, include_remainder)
     selection = with_dictionaries(selection, reader, unit, dictionaries, top_latents)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
-    if cache is None:
-        require_eval(model)
-        prompts = read_prompts(model, input, **options)
-    else:
-        cache = read_cache(model, cache)
-        prompts = read_cached_prompts(model, input, cache, **options)
-    positions = read_positions(pos, prompts)
     answers = (answer_tokens, incorrect_tokens, candidate_tokens)
-    targets = read_targets(model, *answers, len(prompts.tokens), positions, texts_of(input))
-    has_batch = cache is None or cache.has_batch_dim
-    query = Query(model, prompts, positions, targets, include_bias, has_batch)
+    query, cache = read_query(model, input, answers, pos, cache, include_bias, options)
     once = run(query, unit, selection, cache=cache, reader=reader)
     return once.result(DirectLogitAttribution).certified(check, CAUSE)

@@ -10,8 +10,7 @@ import torch
 from tests.support.frozen import rows_of
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path
-from tl_dla.analyses import inputs_ledger
+from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path, total
 from tl_dla.core import all_the_way
 from tl_dla.core.network import Network
 from tl_dla.effects.interventions import ablate
@@ -204,13 +203,25 @@ def test_what_is_read_wrongly_fails_the_certificate(monkeypatch, mistake):
             self.parts[parts[1]] = mistake(self.parts[parts[1]])
 
     attention = mistake in ATTENTION
-    monkeypatch.setattr(inputs_ledger, "Network", Wrong)
+    monkeypatch.setattr(total, "Network", Wrong)
     with pytest.raises(ReconstructionError, match="what each layer holds|rows") as error:
         attribute()
     assert "frozen linear map" in str(error.value)
     assert not attribute(check="off").reconstruction.passed
     with pytest.warns(UserWarning, match="FAILED"):
         attribute(check="warn")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_other_rules_lines_and_checks_are_refused():
+    with pytest.raises(ArgumentError, match='mlp must be "gate" or "half"'):
+        attribute(mlp="tangent")
+    with pytest.raises(ArgumentError, match="check must be"):
+        attribute(check="maybe")
+    with pytest.raises(ArgumentError, match='lines must be "frozen" or "tangent"'):
+        attribute().effects(lines="gate")
+    with pytest.raises(ArgumentError, match="unit must be one of component, head, neuron"):
+        attribute().effects("source")
 
 
 def test_no_answer_and_too_many_are_refused():

@@ -1,57 +1,39 @@
-"""`attribute_inputs`: which tokens of the prompt wrote a logit, through everything.
+"""The rows of `attribute_inputs`, what each layer holds, and their certificate.
 
-With every non-linearity frozen at its value in this forward pass, the network is one linear map,
-and the readout w pulled back through all of it reaches the embeddings:
+The readout w pulled back through all of the network reaches the embeddings:
 
     logit = Σ_token  embed[token] · w₀[token]  +  pos_embed[token] · w₀[token]  +  Σ biases
 
 exactly, and the same total at every layer: what the stream holds there, x · w, and what the biases
-after it add. In logits. Frozen are the norms' scales, the attention patterns and the MLPs'
-activations (`mlp`), so a row says what a token wrote along the ways that this pass took. What a
-token did by steering attention is in no row: in " John and Mary … John gave a drink to", that the
-name is repeated acts through queries and keys, and shows in `attribute_attention` alone. Nor does
-removing a token change the logit by its row.
-
-See `tl_dla.core.way_back` for each line through the origin, with references.
+after it add. See `tl_dla.core.way_back` for each line through the origin, with references.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.total_effects import Effects, EffectUnit, Lines, effects
 from tl_dla.core.all_the_way import directions, pull_all
-from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify, require_check
+from tl_dla.core.certificate import Reconstruction, Wanted, certify
 from tl_dla.core.network import Network, Pulled
 from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import Sizes, rounding
 from tl_dla.core.rows import RowGroup, RowKey, Rows
-from tl_dla.core.run import CAUSE, Run, run
+from tl_dla.core.run import Run
 from tl_dla.core.taps import exact
 from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.core.way_back import Rule
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.inputs.caches import read_cache, read_cached_prompts
-from tl_dla.inputs.models import require_eval, require_model
-from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.targets import Answers, read_targets, require_answer
-from tl_dla.inputs.tokens import Input, read_prompts, texts_of
-from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-_MOST_CANDIDATES = 1024
-_CAUSE = (
-    CAUSE
-    + " Or a sublayer is no frozen linear map of what it reads; direct_logit_attribution works."
-)
 
 
 def _held_of(
@@ -62,10 +44,10 @@ def _held_of(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InputAttribution(Attribution):
+class InputLedger(Attribution):
     """What each token of the prompt, and each bias, wrote to a logit through everything.
 
-    See `Attribution` for its rows.
+    See `Attribution` for its rows, `InputAttribution` for what can be asked of it.
 
     Attributes:
         held: what the stream holds at each token's place, before each layer and at the end, with
@@ -175,95 +157,26 @@ class InputAttribution(Attribution):
         return flow(shown, Look(title, width, height))
 
 
-def attribute_inputs(
-    model: Any,
-    input: Input | None = None,
-    answer_tokens: Answers | None = None,
-    incorrect_tokens: Answers | None = None,
-    *,
-    mlp: Rule = "half",
-    pos: Any = -1,
-    cache: Any = None,
-    candidate_tokens: str | int | Sequence[str | int] | Int[Tensor, " candidate"] | None = None,
-    include_bias: bool = True,
-    check: Check = "raise",
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
-    prepend_bos: bool | None = None,
-    progress: bool = True,
-) -> InputAttribution:
-    """Split a logit, or a logit difference, into what each token of the prompt wrote to it.
+Ledger = TypeVar("Ledger", bound=InputLedger)
+
+
+def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = False) -> Ledger:
+    """The readouts of a run pulled all the way back, as a result of a class.
 
     Args:
-        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
-        input: as in `direct_logit_attribution`.
-        answer_tokens: as in `direct_logit_attribution`.
-        incorrect_tokens: as in `direct_logit_attribution`.
-        mlp: how a gated MLP is frozen: `"gate"` (the activated gate is a constant, all goes to
-            what it multiplies) or `"half"` (each factor takes half).
-        pos: as in `direct_logit_attribution`.
-        cache: an `ActivationCache` with every hook, to read in place of running the model.
-        candidate_tokens: as in `direct_logit_attribution`.
-        include_bias: whether `ln_final.b` and `b_U` are rows. The model's other biases always are.
-        check: what a failed certificate does.
-        attention_mask: as in `direct_logit_attribution`.
-        prepend_bos: as in `direct_logit_attribution`.
-        progress: whether a bar is shown where many positions or candidates are pulled in parts.
-
-    Returns:
-        An `InputAttribution`: rows `embed←5`, `pos_embed←5`, and every bias by the place where it
-        is added (`3_attn_bias`, `3_b_V`, `3_ln1.b`, `3_mlp_bias`, `3_b_in`, `ln_final.b`, `b_U`).
+        once: with what the network's taps kept.
+        network: the model.
+        of: the class.
+        progress: whether a bar is shown where many targets are pulled in parts.
 
     Raises:
-        TokenError: for a prompt, answer or position that cannot be what was meant.
-        ArgumentError: for other arguments that do not fit; a `ValueError`.
-        UnsupportedModelError: for a part that cannot be frozen as a linear map, by its name.
-        IncompleteCacheError: where the cache lacks hooks, which are named.
-        ReconstructionError: where the rows do not add up to the model's own logit, or what a layer
-            holds does not.
-
-    Example:
-        >>> from tl_dla import attribute_inputs, load_model
-        >>> model = load_model("demo")
-        >>> result = attribute_inputs(
-        ...     model, "The Eiffel Tower is in the city of", " Paris", " London"
-        ... )
-        >>> result.reconstruction.passed
-        True
+        UnsupportedModelError: where a block writes to the stream what no known part wrote.
     """
-    if mlp not in ("gate", "half"):
-        raise ArgumentError(f'mlp must be "gate" or "half"; {mlp!r} was given.')
-    require_check(check)
-    require_answer(answer_tokens, candidate_tokens)
-    model = require_model(model)
-    network = Network(ModelReader(model), mlp)
-    options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
-    if cache is None:
-        require_eval(model)
-        prompts = read_prompts(model, input, **options)
-    else:
-        cache = read_cache(model, cache)
-        prompts = read_cached_prompts(model, input, cache, **options)
-    positions = read_positions(pos, prompts)
-    answers = (answer_tokens, incorrect_tokens, candidate_tokens)
-    targets = read_targets(model, *answers, len(prompts.tokens), positions, texts_of(input))
-    if len(targets.candidates or ()) > _MOST_CANDIDATES:
-        raise ArgumentError(
-            f"Each candidate is pulled back through the whole network, so at most"
-            f" {_MOST_CANDIDATES} can be given; there are {len(targets.candidates or ())}:"
-            " direct_logit_attribution takes any number."
-        )
-    has_batch = cache is None or cache.has_batch_dim
-    query = Query(model, prompts, positions, targets, include_bias, has_batch)
-    once = run(query, "component", cache=cache, taps=network.taps)
     with exact():
-        result = _result(once, network, mlp, progress)
-    return result.certified(check, _CAUSE)
+        return _ledger(once, network, of, progress)
 
 
-# ---- the answer --------------------------------------------------------------------------------
-
-
-def _result(once: Run, network: Network, mlp: Rule, progress: bool) -> InputAttribution:
+def _ledger(once: Run, network: Network, of: type[Ledger], progress: bool) -> Ledger:
     _require_understood(once)
     base, query = once.result(Attribution), once.query
     pulled = pull_all(once, network, directions(once), progress=progress)
@@ -293,7 +206,7 @@ def _result(once: Run, network: Network, mlp: Rule, progress: bool) -> InputAttr
     numbers = replace(base.numbers, rows=base.numbers.rows[:0])
     held = torch.stack(pulled.held[::-1])
     about = (whole, query, base.selection, numbers)
-    return InputAttribution(rows.values, rows.keys, "input", *about, held=held, mlp=mlp)
+    return of(rows.values, rows.keys, "input", *about, held=held, mlp=network.rule)
 
 
 def _tokens(name: str, held: Float[Tensor, "batch pos candidate source"]) -> RowGroup:

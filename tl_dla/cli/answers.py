@@ -153,7 +153,7 @@ def rest_warning(labels: list[str], kinds: Any, values: Tensor) -> str:
     return f"{', '.join(rest)}: {tables.REST}" if rest else ""
 
 
-def place(result: DirectLogitAttribution | LogitLens) -> tuple[int, str]:
+def place(result: Attribution | LogitLens) -> tuple[int, str]:
     """The position attributed, and its token."""
     index = result.positions.index[0, :1]
     return int(index), token_strings(result.model, result.prompts.packed[0, index])[0]

@@ -81,6 +81,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--versus": _flag(
         "the token that it is compared with; without it, the score itself", "TOKEN", type=_place
     ),
+    "--mlp": _flag(
+        "how a gated MLP is frozen: each factor takes half (default), or the gate is a constant",
+        default="half",
+        choices=["half", "gate"],
+    ),
     "--audit": _switch(
         "also run the model without each of the largest rows, and show what changed"
     ),
@@ -169,6 +174,13 @@ _SUBCOMMANDS = {
             },
             "--top": {"default": 8, "help": "rows shown of either side (default 8)"},
         },
+    ),
+    "inputs": _Subcommand(
+        "Which tokens of the prompt wrote a logit, through every layer",
+        "prompt --pos --answer --answer-id --incorrect --incorrect-id --mlp"
+        f" {_MODEL} --top --out --json --csv",
+        f"{_IOI.format('inputs')} --answer ' Mary' --incorrect ' John'",
+        {"--out": {"help": f"write there: {_FORMS}, .html is the page with the flow"}},
     ),
     "report": _Subcommand(
         "Write figures, lens, heads and certificate of an attribution to one self-contained page",

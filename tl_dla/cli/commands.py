@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,25 @@ def scores(args: argparse.Namespace) -> Output:
     return scores_output(result, args)
 
 
+def inputs(args: argparse.Namespace) -> Output | None:
+    """`tl-dla inputs`."""
+    from tl_dla.cli.inputs import inputs_output
+    from tl_dla.total import attribute_inputs
+
+    page = (args.out or "").endswith(".html")
+    require_file(args.out) if page else require_writable(args)
+    read_stdin(args)
+    model = load(args)
+    answer = asked(model, args)
+    result = attribute_inputs(
+        model, args.prompt, answer, incorrect(args), mlp=args.mlp, pos=args.pos
+    )
+    if not page:
+        return inputs_output(result, predictions(result)[0], args)
+    wrote(result.report(args.out, command=args.command), args)
+    return None
+
+
 def report(args: argparse.Namespace) -> None:
     """`tl-dla report`."""
     from tl_dla.report.page import write_report
@@ -94,7 +114,7 @@ def report(args: argparse.Namespace) -> None:
     if warning := rest_warning(result.labels, result.kinds, result.attribution.flatten(1)):
         tell(f"warning: {warning}")
     path = write_report(result, args.out, k=args.top, command=args.command)
-    tell(f"report: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    wrote(path, args)
 
 
 def check(args: argparse.Namespace) -> Output:
@@ -141,14 +161,7 @@ def attributed(args: argparse.Namespace) -> DirectLogitAttribution:
     require_unit(args.unit)
     read_stdin(args)
     model = load(args)
-    answer = args.answer
-    if answer is None and args.candidates is None:
-        prompts = read_prompts(model, args.prompt)
-        after = next_token(model, prompts, read_positions(args.pos, prompts))[0, 0]
-        answer = int(after.argmax())
-        [token] = token_strings(model, torch.tensor([answer]))
-        own = f"the model's own prediction, {token!r}"
-        tell(f"{args.subcommand}: no --answer, so this is {own}")
+    answer = asked(model, args) if args.candidates is None else args.answer
     return direct_logit_attribution(
         model,
         args.prompt,
@@ -187,6 +200,23 @@ def completed(args: argparse.Namespace) -> "AnswerAttribution":
         layers=args.layers,
         heads=args.heads,
     )
+
+
+def asked(model: Any, args: argparse.Namespace) -> str | int:
+    """The answer that is given; without one, the model's own prediction, which is said."""
+    if args.answer is not None:
+        return args.answer
+    prompts = read_prompts(model, args.prompt)
+    after = next_token(model, prompts, read_positions(args.pos, prompts))[0, 0]
+    answer = int(after.argmax())
+    [token] = token_strings(model, torch.tensor([answer]))
+    tell(f"{args.subcommand}: no --answer, so this is the model's own prediction, {token!r}")
+    return answer
+
+
+def wrote(path: Path, args: argparse.Namespace) -> None:
+    """Say which page was written."""
+    tell(f"{args.subcommand}: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def read_stdin(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
+from tl_dla.analyses.inputs_ledger import InputLedger
 from tl_dla.analyses.logit_lens import logit_lens
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import again
@@ -170,6 +171,19 @@ _UNITS: dict[Unit, tuple[str, str]] = {
 }
 
 
+_TOKENS = (
+    "Tokens and biases",
+    "What each token of the prompt, and each bias, wrote to the logit through everything: norm"
+    " scales, attention patterns and activations are frozen at their values in this pass. What a"
+    " token did by steering attention is in no row.",
+)
+_FLOW = (
+    "Where the answer is held",
+    "How much of the logit the stream holds at each token’s place before each layer. With what the"
+    " biases after it add, each line adds up to the logit.",
+)
+
+
 def sections(
     result: Attribution,
     by_unit: ByUnit,
@@ -210,7 +224,10 @@ def sections(
 
     alone = not result.numbers.ran  # from a cache, which may have come without its input
     found = []
-    if result.unit not in _UNITS:
+    if isinstance(result, InputLedger):
+        found.append(section(*_TOKENS, partial(_drawn, result, chosen, figures)))
+        found.append(section(*_FLOW, partial(_flow, result, places, figures)))
+    elif result.unit not in _UNITS:
         of_own = partial(_drawn, result, chosen, figures)
         found.append(section(f"By {result.unit}", "The rows of this result.", of_own))
     for unit, (title, text) in _UNITS.items():
@@ -254,6 +271,29 @@ def _drawn(result: Attribution, chosen: Sequence[Choice], figures: Figures) -> d
     }
 
 
+def _flow(result: InputLedger, places: Sequence[Place], figures: Figures) -> dict[str, Any]:
+    """Where the logit of each place that the page holds is, layer by layer."""
+    drawn: dict[str, tuple[go.Figure, list[str], str]] = {}
+    n_prompts, n_positions = result.positions.index.shape
+    names = result.targets.candidates or ("",)
+    for c, place in [(c, place) for c in range(len(names)) for place in places][:_MOST_VIEWS]:
+        figure = result.plot_flow(prompt=place.prompt, position=place.column, candidate=c, title="")
+        at = int(result.positions.index[place.prompt, place.column])
+        about = f"prompt {place.prompt}, position {at}" + f", {names[c]!r}" * (len(names) > 1)
+        prompt = place.prompt if n_prompts > 1 else None
+        candidate = c if len(names) > 1 else None
+        position = at if n_positions > 1 else None
+        # What stands for a choice that has no picture of its own is the first that it allows.
+        for choice in (
+            Choice(prompt, position, candidate),
+            Choice(prompt, None, candidate),
+            Choice(None, None, candidate),
+            Choice(),
+        ):
+            drawn.setdefault(choice.key, (figure, [about], f"flow, {about}"))
+    return {"figure": figures.add(drawn)}
+
+
 def _lens(result: Attribution, prompts: Sequence[int], figures: Figures) -> Drawn:
     """The grid of each prompt, with the answer and its foil followed.
 
@@ -278,4 +318,4 @@ def _lens(result: Attribution, prompts: Sequence[int], figures: Figures) -> Draw
 
 def of_unit(result: Attribution, unit: Unit) -> Attribution:
     """The same prompts, positions and targets, attributed to another unit."""
-    return result if result.unit == unit else again(result, unit).result(type(result))
+    return result if result.unit == unit else again(result, unit).result(Attribution)
