@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_dla.analyses.neuron_curves import NeuronCurves, neuron_curves
 from tl_dla.analyses.promotion import PromotedTokens, promoted_tokens
 from tl_dla.core.by_hand import by_hand
 from tl_dla.core.certificate import Check, require_check
@@ -106,6 +107,23 @@ class DirectLogitAttribution(Attribution):
                 `position` is needed.
         """
         return promoted_tokens(self, label, k, prompt=prompt, position=position)
+
+    def neuron_curves(self, layer: int | None = None, *, cache: Any = None) -> NeuronCurves:
+        """The neurons of one layer, of a `unit="neuron"` result, with their activations.
+
+        See `tl_dla.analyses.neuron_curves`.
+
+        Example:
+            >>> from tl_dla import direct_logit_attribution, load_model
+            >>> prompt, capitals = "The Eiffel Tower is in the city of", [" Paris", " London"]
+            >>> options = dict(candidate_tokens=capitals, unit="neuron", layers=3)
+            >>> neurons = direct_logit_attribution(
+            ...     load_model("demo"), prompt, **options
+            ... ).neuron_curves()
+            >>> len(neurons.top(8)), neurons.share(8) < 1
+            (8, True)
+        """
+        return neuron_curves(self, layer, cache=cache)
 
     def plot_profile(
         self,

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts, theme
+from tl_dla.figures import charts
 from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, safe
 from tl_dla.figures.view import View, headings
@@ -64,7 +64,7 @@ def lines(
     """
     keys, fig = [safe(name) for name in places], go.Figure()
     for s, one in enumerate(series):
-        colour = theme.PALETTE[s % len(theme.PALETTE)]
+        colour, dash = charts.stroke(s)
         count = one.values.shape[1]
         if count > 1:  # all of them one trace, with breaks
             fig.add_scatter(
@@ -83,7 +83,7 @@ def lines(
             x=keys,
             y=one.values.mean(1),
             mode="lines+markers",
-            line=dict(color=colour, width=2.4),
+            line=dict(color=colour, width=2.4, dash=dash),
             marker=dict(size=5),
             hovertemplate=f"{mean}{in_template(one.name)}: %{{y:{scale.number}}}<extra></extra>",
             name=f"{mean}{safe(one.name)}",
