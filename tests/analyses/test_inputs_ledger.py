@@ -10,6 +10,7 @@ import torch
 from tests.support.frozen import rows_of
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
+from tests.zoo.reference import zoo_reference
 from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path, total
 from tl_dla.core import all_the_way
 from tl_dla.core.network import Network
@@ -50,6 +51,17 @@ def offsets_added(rows):
         label = re.sub(r"_(E\d+_b_in|offset)$", "_b_in", label)
         found[label] = found.get(label, 0.0) + value
     return found
+
+
+@of_4
+def test_a_stream_without_a_final_norm_is_read_at_every_position():
+    """Its end is what the unembedding is given, which sees the attributed positions alone."""
+    model = load("openai_gpt")
+    whole = attribute_inputs(model, tokens(), ANSWERS, INCORRECT, pos=None)
+    last = attribute_inputs(model, tokens(), ANSWERS, INCORRECT)
+    logits = zoo_reference("openai_gpt").logit
+    torch.testing.assert_close(last.attribution.sum(0), logits[:, -1].float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(last.attribution, whole.attribution[..., -1], atol=1e-5, rtol=0)
 
 
 @of_4

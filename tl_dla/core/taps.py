@@ -136,6 +136,8 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
     tokens = prompts.packed
     _require_alike(model, query)
     by_site, mine = _by_site(taps), threading.get_ident()
+    # Read where the unembedding still sees every position.
+    uncut = [tap for tap in by_site.get("unembed.hook_in", ()) if tap.whole]
     # Gradients are off for the whole pass; autocast is the model's business, but not ours.
     guard = exact if any(map(torch.is_autocast_enabled, _DEVICES)) else nullcontext
 
@@ -149,6 +151,8 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             taken: Tensor | None = None
             with guard():
                 for tap in by_site[name]:
+                    if tap in uncut:
+                        continue
                     if tap.whole or tap.keys:
                         values[tap] = tap.read(tap.of(x, positions))
                         continue
@@ -175,7 +179,12 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         return read
 
     def keep_positions(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (positions.take(args[0]), *args[1:]) if threading.get_ident() == mine else None
+        if threading.get_ident() != mine:
+            return None
+        with guard():
+            for tap in uncut:
+                values[tap] = tap.read(_batched(args[0], *tokens.shape))
+        return (positions.take(args[0]), *args[1:])
 
     def keep_raw(_module: Any, _args: Any, output: Tensor) -> None:
         if threading.get_ident() == mine:
