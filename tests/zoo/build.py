@@ -118,7 +118,9 @@ def hf_reference(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
 
 def _load(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    eager = dict(attn_implementation="eager")
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        eager["experts_implementation"] = "eager"
     return model_class.from_pretrained(folder, **eager).eval()
 
 
