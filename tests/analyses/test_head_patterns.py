@@ -225,7 +225,9 @@ def test_kinds_are_those_of_the_patterns(llama):
 
 
 @of_4
-def test_one_more_forward_pass_that_reads_the_chosen_layers_only(llama, result, monkeypatch):
+def test_two_more_forward_passes_and_the_first_reads_the_chosen_layers_only(
+    llama, result, monkeypatch
+):
     from tl_dla.core import run
 
     calls, read = [], set()
@@ -240,7 +242,7 @@ def test_one_more_forward_pass_that_reads_the_chosen_layers_only(llama, result, 
     heads = top_heads_with_patterns(result, 1)
     handle.remove()
     layers = {head.layer for head in heads}
-    assert calls == [1] and layers < {0, 1, 2}
+    assert calls == [1, 1] and layers < {0, 1, 2}  # the second for who wrote queries and keys
     assert read == {f"blocks.{layer}.attn.hook_pattern" for layer in layers}
 
 

@@ -135,7 +135,7 @@ def attribute_attention(
     has_batch = cache is None or cache.has_batch_dim
     asked = Query(model, prompts, positions, ONE_NUMBER, has_batch=has_batch)
     with exact():
-        score = _Score(reader, place, asked, unit)
+        score = Score(reader, place, asked, unit)
         if cache is None:
             result = score.result(forward(asked, score.taps, logits=False))
         else:
@@ -161,7 +161,7 @@ def _require_seen(index: Int[Tensor, "batch place"], names: list[str]) -> None:
             )
 
 
-class _Score:
+class Score:
     """What is read to split a head's score, and the rows of what was read.
 
     The positions read are those of (query, key, versus) of each prompt.

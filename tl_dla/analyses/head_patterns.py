@@ -11,8 +11,8 @@ token that is read the most may move nothing.
 
 The terms come from a cache of the result's prompts, or else from one more run of them, which must
 give the rows of the result again. Kinds of pattern: `pattern_kinds.py`; a head that does one thing
-at the attributed token may do another over the prompt, so that both are told. Pictures:
-`tl_dla.figures.attention_view`, whose script a page holds once.
+at the attributed token may do another over the prompt: both are told. Why it looks there:
+`score_reasons.py`. Pictures: `tl_dla.figures.attention_view`.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,14 @@ from torch import Tensor
 from tl_dla.analyses.pattern_kinds import (
     KindOrOther,
     PatternKind,
-    Pooled,
+    added,
     column,
     kind,
+    own_part,
     pool,
     scores,
 )
+from tl_dla.analyses.score_reasons import reasons
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.result import Attribution, require_heads
 from tl_dla.core.run import CAUSE, again
@@ -41,7 +43,6 @@ from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.selection import Selection, place_of_head
 from tl_dla.inputs.tokens import token_strings
-from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class HeadPattern:
         query_kind: the kind that it is there.
         columns: of each prompt, the position that most tokens after it read; None where none is
             (see `column`).
+        why: of each prompt, why the head looks where it does, in a line (`score_reasons.py`).
     """
 
     label: str
@@ -82,6 +84,7 @@ class HeadPattern:
     query_scores: dict[PatternKind, float]
     query_kind: KindOrOther
     columns: list[int | None]
+    why: list[str]
     positions: Positions = field(repr=False)
 
     @property
@@ -162,7 +165,8 @@ class HeadPattern:
             for token, _, attention, moved in self.reads(3)
         )
         here, over = self.described()
-        return f"{self.label} {value:+.4f}, {here} (over all tokens {over}); reads {read}"
+        line = f"{self.label} {value:+.4f}, {here} (over all tokens {over}); reads {read}"
+        return "; ".join([line, *filter(None, self.why[:1])])
 
     def described(self) -> tuple[str, str]:
         """The kind at the attributed tokens, and over all tokens, each with its score."""
@@ -225,9 +229,16 @@ class HeadPatterns(list[HeadPattern]):
                 for token, _, attention, moved in head.reads(3, prompt=prompt)
             ]
             value = f"{float(head.value.nanmean()):+.3f}"
-            lines.append((head.label, value, *head.described(), ", ".join(read)))
+            lines.append((head.label, value, *head.described(), ", ".join(read), head.why[prompt]))
         reads = f"reads most (attention → contribution, in logits), prompt {prompt}"
-        columns = ["head", "logits", "kind at the attributed token", "over all tokens", reads]
+        columns = [
+            "head",
+            "logits",
+            "kind at the attributed token",
+            "over all tokens",
+            reads,
+            "why",
+        ]
         return pd.DataFrame(lines, columns=columns)
 
     def _repr_html_(self) -> str:
@@ -241,8 +252,8 @@ def top_heads_with_patterns(
 ) -> HeadPatterns:
     """The k most positive and the k most negative heads, with their attention.
 
-    Reads a cache where one is given, and the model does not run; else runs the result's prompts
-    once more, keeping the attention of the chosen heads' layers only.
+    Reads a cache where one is given, and the model does not run; else runs the prompts twice more:
+    for the attention of the chosen heads' layers, and for who wrote their queries and keys.
 
     Args:
         result: of `direct_logit_attribution(…, unit="head")`.
@@ -316,11 +327,16 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
     queries = torch.zeros(tokens.shape, dtype=torch.bool, device=positions.index.device)
     queries.scatter_(1, positions.index, positions.valid)
 
+    patterns = {
+        (layer, head): own_part(once.kept[whole[layer]][:, head], prompts.length)
+        for layer, head in places.values()
+    }
+    why = reasons(result, patterns, cache)
     found = []
     for label, (layer, head) in places.items():
         part = moved.reconstruction.parts[f"the source tokens of {label}"]
         _require_row(result, label, part, cache)
-        pattern = _own(once.kept[whole[layer]][:, head], prompts.length)
+        pattern = patterns[layer, head]
         every, asked = (
             [
                 pool(pattern[b, :n, :n], tokens[b, :n], texts[b], mask[b, :n])
@@ -328,7 +344,7 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
             ]
             for mask in (torch.ones_like(queries), queries)
         )
-        sums, at_queries = _added(every), _added(asked)
+        sums, at_queries = added(every), added(asked)
         found.append(
             HeadPattern(
                 label=label,
@@ -343,6 +359,7 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
                 query_scores=scores(at_queries),
                 query_kind=kind(at_queries),
                 columns=[column(pattern[b, :n, :n]) for b, n in enumerate(lengths)],
+                why=why[layer, head],
                 positions=positions,
             )
         )
@@ -381,17 +398,3 @@ def _moved(
     """What the head moved from each token; 0 from those that no attributed position sees."""
     rows = [moved[f"{label}←{key}"] for key in range(n_keys) if f"{label}←{key}" in moved.labels]
     return torch.stack([*rows, *[torch.zeros_like(like)] * (n_keys - len(rows))], -1)
-
-
-def _added(prompts: list[dict[PatternKind, Pooled]]) -> dict[PatternKind, Pooled]:
-    return {name: sum((one[name] for one in prompts), Pooled()) for name in prompts[0]}
-
-
-def _own(
-    pattern: Float[Tensor, "batch query key"], length: Tensor
-) -> Float[Tensor, "batch query key"]:
-    """Zero outside of each prompt's own tokens."""
-    own = (
-        torch.arange(pattern.shape[-1], device=pattern.device) < length.to(pattern.device)[:, None]
-    )
-    return upcast(pattern) * own[:, :, None] * own[:, None, :]

@@ -38,6 +38,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_dla.model.hooks import upcast
+
 PatternKind = Literal[
     "previous token",
     "induction",
@@ -197,3 +199,18 @@ def _in_sight(pattern: Float[Tensor, "query key"]) -> Bool[Tensor, "query key"]:
     everything = torch.ones_like(pattern, dtype=torch.bool)
     causal = everything.tril()
     return everything if bool((pattern[~causal] > 0).any()) else causal
+
+
+def own_part(
+    pattern: Float[Tensor, "batch query key"], length: Tensor
+) -> Float[Tensor, "batch query key"]:
+    """Zero outside of each prompt's own tokens."""
+    own = (
+        torch.arange(pattern.shape[-1], device=pattern.device) < length.to(pattern.device)[:, None]
+    )
+    return upcast(pattern) * own[:, :, None] * own[:, None, :]
+
+
+def added(prompts: list[dict[PatternKind, Pooled]]) -> dict[PatternKind, Pooled]:
+    """Over all prompts."""
+    return {name: sum((one[name] for one in prompts), Pooled()) for name in prompts[0]}

@@ -135,6 +135,7 @@ class Card:
         tokens: the prompt coloured by what the head moved from each token.
         reads: of the tokens read most: the token, its position, attention and contribution.
         picture: its pattern as an image, where circuitsvis does not draw it.
+        why: why it looks there, in a line.
     """
 
     label: str
@@ -144,6 +145,7 @@ class Card:
     tokens: list[Token]
     reads: list[tuple[str, int, str, str]]
     picture: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def _card(head: HeadPattern, prompt: int, tokens: list[str], pictured: bool) -> 
             for _, at, attention, moved in reads[:5]
         ],
         picture=picture(head.pattern[prompt, :n, :n]) if pictured else "",
+        why=head.why[prompt],
     )
 
 
