@@ -10,6 +10,7 @@ are next to inactive, and few tell the candidates apart.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -162,12 +163,13 @@ def neuron_curves(
     once = again(result, "component", Selection(), taps=[tap], cache=cache)
     valid = result.positions.valid
     activations, values = once.kept[tap], result.values[rows]
-    written = values.movedim(0, -1)[valid.to(values.device)]  # [sample, candidate, neuron]
+    values = rearrange(values, "neuron batch pos candidate -> batch pos neuron candidate")
+    written = values[valid.to(values.device)]
     return NeuronCurves(
         int(part.layer),
         [result.labels[i] for i in rows],
-        activations[valid.to(activations.device)].mT.detach(),
-        written.permute(2, 0, 1),
+        rearrange(activations[valid.to(activations.device)], "sample neuron -> neuron sample"),
+        rearrange(written, "sample neuron candidate -> neuron sample candidate"),
         list(result.targets.candidates or [result.target]),
     )
 

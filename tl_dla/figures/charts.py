@@ -16,16 +16,7 @@ from jaxtyping import Float, Shaped
 
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.text import in_template, safe
-from tl_dla.figures.theme import (
-    DOT,
-    INK,
-    NEGATIVE,
-    NEUTRAL,
-    PALETTE,
-    POSITIVE,
-    SCALES,
-    template,
-)
+from tl_dla.figures.theme import DOT, INK, NEGATIVE, NEUTRAL, POSITIVE, SCALES, template
 from tl_dla.figures.view import spread
 
 
@@ -115,12 +106,6 @@ def lines(text: str, room: int, letter: float) -> list[str]:
 def signs(values: Float[np.ndarray, " row"]) -> list[str]:
     """A colour for each value: positive, negative or, for NaN, neither."""
     return [POSITIVE if v >= 0 else NEGATIVE if v < 0 else NEUTRAL for v in values]
-
-
-def stroke(i: int) -> tuple[str, str]:
-    """The colour and the dash of the i-th of several lines."""
-    cycle, place = divmod(i, len(PALETTE))
-    return PALETTE[place], ("solid", "dash", "dot")[cycle % 3]
 
 
 def _aligned(labels: Sequence[str], **arrays: Any) -> None:

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts
+from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, safe
 from tl_dla.figures.view import View, headings
@@ -64,7 +64,7 @@ def lines(
     """
     keys, fig = [safe(name) for name in places], go.Figure()
     for s, one in enumerate(series):
-        colour, dash = charts.stroke(s)
+        colour, dash = theme.stroke(s)
         count = one.values.shape[1]
         if count > 1:  # all of them one trace, with breaks
             fig.add_scatter(

@@ -55,7 +55,7 @@ def curves(view: CurvesView, look: Look = PLAIN) -> go.Figure:
     )
     names = [safe(visible(name)) for name in view.candidates]
     for i, (label, place) in enumerate(zip(view.labels, view.chosen, strict=True)):
-        colour, dash = charts.stroke(i)
+        colour, dash = theme.stroke(i)
         group = dict(legendgroup=label, name=label)
         activation = f"activation {view.activations[place]:+.3f}"
         fig.add_scatter(

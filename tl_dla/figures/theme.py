@@ -30,6 +30,12 @@ SCALES: dict[str, dict[str, list[str]]] = {
 Theme = Literal["light", "dark"]
 
 
+def stroke(i: int) -> tuple[str, str]:
+    """The colour and the dash of the i-th of several lines."""
+    cycle, place = divmod(i, len(PALETTE))
+    return PALETTE[place], ("solid", "dash", "dot")[cycle % 3]
+
+
 def template(theme: Theme = "light") -> "go.layout.Template":
     """The look of every figure: thin grid lines, no boxes, one font."""
     import plotly.graph_objects as go
