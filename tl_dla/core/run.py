@@ -301,7 +301,7 @@ def _by_tokens(
         readouts.append(once.readouts)
     own = {tap: kept[tap] for tap in taps}
     run = Run(query, whole, replace(kept, values={**values(whole), **own}), unchecked=unchecked)
-    run.__dict__ |= {"rows": Rows.joined(every), "readouts": torch.cat(readouts, -1)}
+    run.__dict__.update(rows=Rows.joined(every), readouts=torch.cat(readouts, -1))
     return run
 
 
