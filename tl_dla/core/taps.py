@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_dla.core.numbers import compact
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.inputs.caches import cache_shape
 from tl_dla.inputs.models import scales_with_length
@@ -154,12 +155,12 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
                     if tap in uncut:
                         continue
                     if tap.whole or tap.keys:
-                        values[tap] = tap.read(tap.of(x, positions))
+                        values[tap] = _alone(tap.read(tap.of(x, positions)))
                         continue
                     # The unembedding sees only these positions already.
                     if taken is None:
                         taken = x if name.startswith("unembed.") else positions.take(x)
-                    values[tap] = tap.read(taken)
+                    values[tap] = _alone(tap.read(taken))
 
         return read
 
@@ -174,7 +175,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
                         values[tap] = tap.read(kwargs.get(tap.site.argument))
                         continue
                     at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
-                    values[tap] = tap.read(*at)
+                    values[tap] = _alone(tap.read(*at))
 
         return read
 
@@ -284,6 +285,13 @@ def select(
         mean = logits.mean(-1, keepdim=True, dtype=chosen.dtype)
         chosen = torch.cat([chosen, mean], -1)
     return chosen
+
+
+def _alone(kept: Any) -> Any:
+    """What a tap keeps, without the whole activation that it may be a view of."""
+    if isinstance(kept, tuple):
+        return tuple(map(_alone, kept))
+    return compact(kept) if isinstance(kept, Tensor) else kept
 
 
 def _rolled(
