@@ -18,7 +18,7 @@ from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
 from tl_dla.core.rows import RowKey, Rows
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.absent import require_alike
+from tl_dla.inputs.absent import AbsentModel, require_alike
 from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
@@ -176,6 +176,15 @@ class Attribution:
     def has_tokens(self) -> bool:
         """Whether the prompts' tokens are known; a cache may have come without them."""
         return self.query.has_tokens
+
+    @property
+    def alone(self) -> str:
+        """Why the model was not, or cannot be, run for more than these rows; empty where it can."""
+        if self.mean_over:
+            return f"A mean over {self.mean_over}"
+        if isinstance(self.model, AbsentModel):
+            return "Without its model"
+        return "" if self.numbers.ran else "Made from a cache"
 
     def __len__(self) -> int:
         return len(self.keys)

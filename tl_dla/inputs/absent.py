@@ -50,12 +50,14 @@ class AbsentModel:
         numbers: of its configuration: `n_layers`, `n_heads`, `d_model`, `d_vocab`, `n_ctx`.
         tokenizer: the text of the tokens that the result is about; None for a model without one.
         writers: what wrote to the stream before each residual point, in words.
+        line: which model it was, how large, and of which class and dtype.
     """
 
     name: str
     numbers: dict[str, int]
     tokenizer: Texts | None
     writers: dict[str, str]
+    line: str = ""
 
     @property
     def cfg(self) -> Any:
@@ -78,15 +80,32 @@ def without_weights(
     if isinstance(model, AbsentModel):
         return model
     reader = ModelReader(model)
-    name = str(getattr(model.cfg, "model_name", None) or "")
-    name = name if name.count("/") == 1 else name.rpartition("/")[2]  # a hub id, or a path's end
     numbers = {key: getattr(model.cfg, key, None) for key in _NUMBERS}
     return AbsentModel(
-        " · ".join(filter(None, [name, reader.architecture])),
+        " · ".join(_named(reader)),
         {key: value for key, value in numbers.items() if isinstance(value, int)},
         _texts(getattr(model, "tokenizer", None), prompts, targets),
         reader.stream().writers,
+        in_a_line(model),
     )
+
+
+def in_a_line(model: Any) -> str:
+    """Which model it is, how large, and of which class and dtype."""
+    if isinstance(model, AbsentModel):
+        return model.line
+    cfg, reader = model.cfg, ModelReader(model)
+    words = [*_named(reader), f"{reader.n_layers} layers", f"{cfg.n_heads} heads"]
+    words += [f"d_model {cfg.d_model}", str(reader.dtype).removeprefix("torch.")]
+    return " · ".join([*words, f"TransformerLens {type(model).__name__}"])
+
+
+def _named(reader: ModelReader) -> list[str]:
+    """The model's name, where it has one, and its architecture."""
+    name = str(getattr(reader.model.cfg, "model_name", None) or "")
+    # A hub id is an owner and a name; of a folder's path only the last part is shown.
+    name = name if name.count("/") == 1 else name.rpartition("/")[2]
+    return [*[name] * bool(name), reader.architecture]
 
 
 def require_alike(absent: Any, model: Any) -> None:

@@ -81,7 +81,7 @@ def evidence(
     if not result.has_tokens:
         return found
     found["tokens"] = {b: prompt_tokens(result, b) for b in {x.prompt for x in places}}
-    if not result.numbers.ran:
+    if result.alone:
         return found
     for name, ask in (("heads", _sources), ("promoted", _promoted)):
         try:

@@ -15,7 +15,7 @@ from tl_dla.figures import theme
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 from tl_dla.figures.heatmap import picture
 from tl_dla.figures.text import number
-from tl_dla.model.reader import ModelReader
+from tl_dla.inputs.absent import in_a_line
 
 _PACKAGES = ("tl-dla", "transformer-lens", "torch", "transformers", "plotly", "circuitsvis")
 _SHORT = 64  # tokens: circuitsvis draws no longer prompt in time
@@ -25,13 +25,7 @@ _NEAR = 4  # tokens shown on either side of one that is read, in a longer prompt
 
 def model(result: Attribution) -> str:
     """The model in one line."""
-    cfg, reader = result.model.cfg, ModelReader(result.model)
-    name = str(getattr(cfg, "model_name", None) or "")
-    # A hub id is an owner and a name; of a folder's path only the last part is shown.
-    words = [name if name.count("/") == 1 else name.rpartition("/")[2]] if name else []
-    words += [reader.architecture, f"{reader.n_layers} layers", f"{cfg.n_heads} heads"]
-    words += [f"d_model {cfg.d_model}", str(reader.dtype).removeprefix("torch.")]
-    return " · ".join([*words, f"TransformerLens {type(result.model).__name__}"])
+    return in_a_line(result.model)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
         sections=drawn,
         audit=audit,
         pictured=pictured,
-        from_cache=not result.numbers.ran,
+        alone=result.alone,
         certificates=fragments.certificates(result),
         command=command,
         versions=fragments.versions(),
@@ -171,7 +171,7 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
 
 def _other_parts(result: Attribution, by_unit: ByUnit) -> list[Attribution]:
     """The rows of other units that can be asked as well."""
-    if not result.numbers.ran:
+    if result.alone:
         return []
     found = []
     for unit in ("component", "head"):

@@ -222,7 +222,6 @@ def sections(
         note = [f"logit lens, prompt {prompts[0]}"] if len(prompts) > 1 else []
         return {"note": note, "figure": _lens(result, prompts, figures)}
 
-    alone = not result.numbers.ran  # from a cache, which may have come without its input
     found = []
     if isinstance(result, InputLedger):
         found.append(section(*_TOKENS, partial(_drawn, result, chosen, figures)))
@@ -231,9 +230,9 @@ def sections(
         of_own = partial(_drawn, result, chosen, figures)
         found.append(section(f"By {result.unit}", "The rows of this result.", of_own))
     for unit, (title, text) in _UNITS.items():
-        if unit == result.unit or not alone:
+        if unit == result.unit or not result.alone:
             found.append(section(title, text, partial(of, unit)))
-    if alone:
+    if result.alone:
         return found
     which = (
         f" Prompt {prompts[0]}, until another is chosen." if len(result.prompts.tokens) > 1 else ""
