@@ -22,6 +22,7 @@ from tl_dla.core.readout import Readout
 from tl_dla.core.taps import exact
 from tl_dla.core.vectors import CachePlace, ResidualStack, decompose
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.caches import require_cache
 from tl_dla.inputs.positions import slice_class
 from tl_dla.inputs.targets import Answers, read_targets
 
@@ -237,6 +238,7 @@ def _sliced(
     cache: Any, stack: Float[Tensor, "..."], batch_slice: Any, has_batch_dim: bool
 ) -> tuple[Any, Float[Tensor, "..."], bool]:
     """The cache and the stack of some prompts, and whether the stack has an axis of them."""
+    require_cache(cache)
     Slice = slice_class()
     stack = stack.detach().to(torch.promote_types(stack.dtype, torch.float32))
     batched = has_batch_dim and cache.has_batch_dim

@@ -35,7 +35,7 @@ from tl_dla.analyses.cross_terms import (
 )
 from tl_dla.core.certificate import Check, Reconstruction, require_check
 from tl_dla.core.decomposition import B_U, LN_FINAL_B
-from tl_dla.core.result import Attribution, rows_to_rank
+from tl_dla.core.result import Attribution, require_result, rows_to_rank
 from tl_dla.core.rows import RowKey
 from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of
@@ -367,6 +367,8 @@ def compare(
         True
     """
     require_check(check)
+    for one in (a, b):
+        require_result(one)
     require_comparable(a, b, answers)
     keys = merged([a.keys, b.keys])
     with exact():

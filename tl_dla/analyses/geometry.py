@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_dla.core.decomposition import logit_readout
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.models import require_model
 from tl_dla.inputs.targets import token_ids
 from tl_dla.inputs.tokens import token_strings
 from tl_dla.model.reader import ModelReader
@@ -102,6 +103,7 @@ def unembedding_pca(
         >>> pca.coordinates.shape, bool(pca.explained_variance.sum() <= 1.001)
         (torch.Size([3, 2]), True)
     """
+    model = require_model(model)
     ids = token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()
     limit = min(len(ids) - 1, len(unembed_matrix(model)))
     if not 1 <= n_components <= limit:

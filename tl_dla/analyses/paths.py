@@ -27,7 +27,7 @@ from tl_dla.core.certificate import Check, Wanted
 from tl_dla.core.decomposition import Decomposition, of_query
 from tl_dla.core.numbers import Hop
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import Attribution, require_input
+from tl_dla.core.result import Attribution, require_input, require_result
 from tl_dla.core.rows import RowKey, ScaledKept
 from tl_dla.core.run import direct_unit, require_same
 from tl_dla.core.sources import SourceSplit
@@ -99,6 +99,7 @@ def attribute_path(
         True
     """
     require_unit(unit)
+    require_result(result)
     direct_unit(result)
     require_input(result)
     reader = ModelReader(result.model)

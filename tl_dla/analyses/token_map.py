@@ -27,6 +27,7 @@ from tl_dla.core.result import Attribution, Hop
 from tl_dla.core.rounding import is_multiple
 from tl_dla.core.taps import Tap, forward
 from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, place_of_head
@@ -166,6 +167,7 @@ def token_map(model: Any, layer: int, head: int, *, path: Attribution | None = N
         >>> promote([" Paris", " London"], [" France", " England", " Italy"]).shape
         torch.Size([2, 3])
     """
+    model = require_model(model)
     reader, label = ModelReader(model), f"L{layer}H{head}"
     place_of_head(reader, label)
     if path is None:

@@ -491,8 +491,18 @@ class Attribution:
         return self
 
 
+def require_result(result: Any) -> None:
+    """Raise `ArgumentError` unless it is a result."""
+    if not isinstance(result, Attribution):
+        raise ArgumentError(
+            f"The result must be one of direct_logit_attribution; a {type(result).__name__} was"
+            " given."
+        )
+
+
 def require_heads(result: Attribution) -> None:
     """Raise unless the result has head rows."""
+    require_result(result)
     if "head" not in result.kinds:
         raise ArgumentError(
             f'A unit="{result.unit}" result has no head rows: attribute with unit="head".'
@@ -510,7 +520,8 @@ def require_input(result: Attribution) -> None:
 
 
 def require_prompts(result: Attribution) -> None:
-    """Raise for a mean, which no run of the model gives."""
+    """Raise for a mean, which no run of the model gives, and for what is no result."""
+    require_result(result)
     if result.mean_over:
         raise ArgumentError(
             f"The result is a mean over {result.mean_over}, which no run of the model gives: ask"

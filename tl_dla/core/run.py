@@ -25,6 +25,7 @@ from tl_dla.core.taps import Kept, Tap, exact, forward, recall
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.caches import check_cache, read_cache, require_shape
 from tl_dla.inputs.dictionaries import Dictionaries
+from tl_dla.inputs.models import require_model
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit, with_dictionaries
 from tl_dla.model.reader import ModelReader
@@ -358,6 +359,7 @@ def required_hooks(
         True
     """
     require_unit(unit)
+    model = require_model(model)
     reader = ModelReader(model)
     W_U = unembed_matrix(model)
     like = W_U.new_zeros(1, 1, 1, len(W_U))

@@ -19,7 +19,7 @@ from tl_dla.core.readout import Readout
 from tl_dla.core.rows import RowKey
 from tl_dla.core.taps import Kept, Tap, exact, recall
 from tl_dla.errors import ArgumentError, UnsupportedModelError
-from tl_dla.inputs.caches import read_cached_prompts
+from tl_dla.inputs.caches import read_cached_prompts, require_cache
 from tl_dla.inputs.positions import Positions, read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit
@@ -123,8 +123,9 @@ class CachePlace:
         """Read a layer as `ActivationCache` does: -1 and None are the final norm's input.
 
         Raises:
-            ArgumentError: for a layer that the model does not have.
+            ArgumentError: for what is no cache, or a layer that the model does not have.
         """
+        require_cache(cache)
         reader = ModelReader(cache.model)
         n = reader.n_layers
         end = n if layer in (None, -1) else layer

@@ -123,8 +123,8 @@ def attribute_dataset(
         )
     options: dict[str, Any] = {"unit": unit, "include_bias": include_bias}
     read: dict[str, Any] = {"pos": pos, "prepend_bos": prepend_bos}
-    manifest = make_manifest(model, **options, **read, check=check)
     model = require_model(model)
+    manifest = make_manifest(model, **options, **read, check=check)
     require_eval(model)
     process, processes = _join(model)
     folder = None if out is None else Folder(out, manifest)

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.result import Attribution
+from tl_dla.core.result import Attribution, require_result
 from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
 from tl_dla.errors import ArgumentError
@@ -195,6 +195,7 @@ def erasures(
         >>> bool((pairs["projection_ratio"] < 0).all())
         True
     """
+    require_result(result)
     stack = written(result) if stack is None else stack
     kinds = dict(zip(result.labels, result.kinds, strict=True))
     if writers is None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.result import Attribution
+from tl_dla.core.result import Attribution, require_result
 from tl_dla.core.run import CAUSE, again
 from tl_dla.inputs.selection import Selection
 
@@ -46,6 +46,7 @@ def copy_suppression(
         >>> copy_suppression(result).shape == result.attribution.shape
         True
     """
+    require_result(result)
     rows = result.labels if rows is None else rows
     keys = dict(zip(result.labels, result.keys, strict=True))
     heads = {

@@ -44,6 +44,15 @@ def read_cache(model: Any, cache: Any) -> Any:
     return ActivationCache(dict(cache), model, has_batch_dim=not axes or axes[0] == 3)
 
 
+def require_cache(cache: Any) -> None:
+    """Raise `ArgumentError` unless it is an `ActivationCache`, where no model is given beside it."""
+    if not hasattr(cache, "cache_dict"):
+        raise ArgumentError(
+            "cache must be an ActivationCache, which knows its model; a"
+            f" {type(cache).__name__} was given: logits, cache = model.run_with_cache(tokens)."
+        )
+
+
 def cache_shape(cache: Any) -> tuple[int, int]:
     """Batch and positions of a cache, from the activations whose second axis is positions."""
     for name, x in cache.cache_dict.items():
