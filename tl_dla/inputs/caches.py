@@ -45,7 +45,7 @@ def read_cache(model: Any, cache: Any) -> Any:
 
 
 def require_cache(cache: Any) -> None:
-    """Raise `ArgumentError` unless it is an `ActivationCache`, where no model is given beside it."""
+    """Raise `ArgumentError` unless it is an `ActivationCache`, which knows its model."""
     if not hasattr(cache, "cache_dict"):
         raise ArgumentError(
             "cache must be an ActivationCache, which knows its model; a"
