@@ -127,7 +127,7 @@ def attribute_inputs(
     require_check(check)
     require_answer(answer_tokens, candidate_tokens)
     model = require_model(model)
-    network = Network(ModelReader(model), mlp)
+    reader = ModelReader(model)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
     answers = (answer_tokens, incorrect_tokens, candidate_tokens)
     query, cache = read_query(model, input, answers, pos, cache, include_bias, options)
@@ -138,6 +138,10 @@ def attribute_inputs(
             f" {_MOST_CANDIDATES} can be given; there are {n_candidates}: direct_logit_attribution"
             " takes any number."
         )
-    once = run(query, "component", cache=cache, taps=network.taps)
+    # A cache holds its patterns already.
+    network = Network(reader, mlp, query if cache is None else None)
+    once = run(
+        query, "component", cache=cache, taps=network.taps, within=network.within, reader=reader
+    )
     result = ledger(once, network, InputAttribution, progress=progress)
     return result.certified(check, _CAUSE)

@@ -12,8 +12,9 @@ from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tests.zoo.reference import zoo_reference
 from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path, total
-from tl_dla.core import all_the_way
+from tl_dla.core import all_the_way, calls, run
 from tl_dla.core.network import Network
+from tl_dla.core.taps import Kept
 from tl_dla.effects.interventions import ablate
 from tl_dla.errors import ArgumentError, ReconstructionError
 
@@ -209,8 +210,8 @@ ATTENTION = [drop_bias, drop_output_bias, change_gamma, drop_head]
 @pytest.mark.parametrize("mistake", [*ATTENTION, drop_neuron_bias, drop_gate])
 def test_what_is_read_wrongly_fails_the_certificate(monkeypatch, mistake):
     class Wrong(Network):
-        def __init__(self, reader, rule):
-            super().__init__(reader, rule)
+        def __init__(self, reader, rule, query):
+            super().__init__(reader, rule, query)
             parts = [i for i in self.parts if (self.steps[i].name == "attn_out") == attention]
             self.parts[parts[1]] = mistake(self.parts[parts[1]])
 
@@ -273,3 +274,29 @@ def test_rows_are_asked_for_as_any_result_s_are():
         ablate(result, ["embed←3"], progress=False)
     with pytest.raises(ArgumentError, match="written at no one place"):
         attribute_path(result, "L1H0", 2)
+
+
+# ---- long prompts ------------------------------------------------------------------------------
+
+# Positions that are rotated, added, or added to the scores; grouped heads; a latent; a stream that
+# the block of attention adds to itself.
+LONG = ["gpt2", "llama_bias", "gemma3", "mpt", "falcon", "deepseek_v3", "bloom", "gpt_neo"]
+
+
+@pytest.mark.parametrize("name", [*LONG, *either("ln")])
+def test_attention_that_runs_again_shows_what_it_showed(monkeypatch, name):
+    at_once = attribute(name, pos=[4, -1])
+    monkeypatch.setattr(calls, "_PATTERNS_AT_ONCE", 0)
+    monkeypatch.setattr(run, "_LOGITS_AT_ONCE", 2 * 97)  # one prompt after the other
+    kept = []
+    read = Kept.joined.__func__ if hasattr(Kept.joined, "__func__") else Kept.joined
+    monkeypatch.setattr(Kept, "joined", staticmethod(lambda *a: kept.append(read(*a)) or kept[-1]))
+    again = attribute(name, pos=[4, -1])
+    assert not any("pattern" in tap.site.name for one in kept for tap in one.values)
+    torch.testing.assert_close(again.attribution, at_once.attribution, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.flow, at_once.flow, rtol=1e-5, atol=1e-5)
+    assert again.reconstruction.passed
+    effects = again.effects("head", "frozen").attribution
+    monkeypatch.undo()
+    expected = at_once.effects("head", "frozen").attribution
+    torch.testing.assert_close(effects, expected, rtol=1e-5, atol=1e-5)

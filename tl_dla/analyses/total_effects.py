@@ -154,12 +154,13 @@ def effects(result: Attribution, unit: EffectUnit, lines: Lines | None, mlp: Rul
     lines = NEAREST[unit] if lines is None else lines
     if lines not in ("frozen", "tangent"):
         raise ArgumentError(f'lines must be "frozen" or "tangent"; {lines!r} was given.')
-    network = Network(ModelReader(result.model), mlp)
-    once = again(result, "component", taps=network.taps if lines == "frozen" else ())
     if lines == "tangent":
+        once = again(result, "component")
         with torch.enable_grad():
             keys, values = _tangent(result.query, once.parts.reader, unit)
     else:
+        network = Network(ModelReader(result.model), mlp, result.query)
+        once = again(result, "component", taps=network.taps, within=network.within)
         with exact():
             shown = _Shown(unit)
             pull_all(once, network, directions(once), shown)

@@ -10,17 +10,20 @@ there, x · direction at each token's place: with the constants above it, each a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.calls import Calls, patterns_fit
 from tl_dla.core.rounding import is_multiple, vector_tolerance
 from tl_dla.core.rows import RowKey
+from tl_dla.core.run import Within
 from tl_dla.core.sublayers import AttentionPart, MLPPart, Sublayer, read_sublayer
 from tl_dla.core.taps import Kept, Tap
 from tl_dla.core.way_back import Met, Rule, through_norm_before
+from tl_dla.inputs.query import Query
 from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Rescale, ResidPoint, StreamNorm, Write
@@ -56,13 +59,15 @@ class Network:
     Args:
         reader: the model.
         rule: how gated MLPs are frozen.
+        query: what is asked of it; where the patterns for it do not fit together, attention runs
+            again layer by layer.
 
     Raises:
         UnsupportedModelError: for a part that cannot be frozen as a linear map, by its name.
     """
 
-    def __init__(self, reader: ModelReader, rule: Rule) -> None:
-        self.reader, self.rule = reader, rule
+    def __init__(self, reader: ModelReader, rule: Rule, query: Query | None = None) -> None:
+        self.reader, self.rule, self.query = reader, rule, query
         self.steps = reader.stream().steps
         self.parts: dict[int, Sublayer] = {}
         self.shown: dict[int, Tap] = {}
@@ -75,11 +80,24 @@ class Network:
                 if step.layer is not None:
                     self.parts[i] = read_sublayer(reader, step, step.layer)
         self.reads = self._places()
+        self.calls: Calls | None = None
+        if query is not None and not patterns_fit(query):
+            attention = [x.out.layer for x in self.parts.values() if isinstance(x, AttentionPart)]
+            self.calls = Calls(reader, attention)
 
     @property
     def taps(self) -> list[Tap]:
         """Everything that is kept in the forward pass."""
-        return [*self.shown.values(), *(tap for part in self.parts.values() for tap in part.taps())]
+        found = [*self.shown.values()]
+        for part in self.parts.values():
+            later = part.mixing if self.calls and isinstance(part, AttentionPart) else []
+            found += [tap for tap in part.taps() if tap not in later]
+        return found
+
+    @property
+    def within(self) -> Within | None:
+        """What the model must run inside of, if anything."""
+        return None if self.calls is None else self.calls.within
 
     def _shows_itself(self, i: int) -> bool:
         """Whether what an MLP wrote is the difference of the stream before and after it."""
@@ -184,6 +202,9 @@ class Network:
             visit(step, "component", wrote, direction)
         direction = direction * step.factor if step.factor != 1.0 else direction
         if isinstance(part, AttentionPart):
+            if self.calls is not None and self.query is not None:
+                again = self.calls.again(part.out.layer, part.mixing, self.query)
+                kept = replace(kept, values={**kept.values, **again.values})
             attention = part.frozen(kept, n)
             to_heads = attention.to_heads(direction, met)
             if visit is not None:

@@ -182,6 +182,7 @@ def again(
     *,
     taps: Sequence[Tap] | TapsOf = (),
     cache: Any = None,
+    within: Within | None = None,
 ) -> Run:
     """Ask a result's question once more, and hold the answer to the result's own.
 
@@ -192,6 +193,7 @@ def again(
         taps: as in `run`.
         cache: an `ActivationCache` of the prompts to read in place of running the model; the caller
             then holds the rows to the result's.
+        within: as in `run`.
 
     Raises:
         ArgumentError: where the model cannot be run, or no longer gives the result's logit.
@@ -206,7 +208,7 @@ def again(
     selection = result.selection if same and selection is None else selection
     # The rows of a path add up to a source row, but its question is that of the logit.
     own: Unit = "component" if result.unit == "input" else result.unit
-    once = run(result.query, unit or own, selection, taps=taps, cache=cache)
+    once = run(result.query, unit or own, selection, taps=taps, cache=cache, within=within)
     if cache is None:
         require_same(result, once.kept, once.readout_norm)
     return once

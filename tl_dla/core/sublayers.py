@@ -33,9 +33,14 @@ class AttentionPart:
     scale: Tap | None
     shown: Tap | None
 
+    @property
+    def mixing(self) -> list[Tap]:
+        """The mixed values and the pattern, which a layer that runs again shows too."""
+        return [self.z, self.pattern]
+
     def taps(self) -> list[Tap]:
         """What to keep in the forward pass."""
-        return [tap for tap in (self.z, self.pattern, self.scale, self.shown) if tap is not None]
+        return [*self.mixing, *(tap for tap in (self.scale, self.shown) if tap is not None)]
 
     def frozen(self, kept: Kept, n: int) -> FrozenAttention:
         """The layer at its value for the first n positions."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_dla.model.hooks import Hooks, Site, class_name, parameter, unwrap
 from tl_dla.model.norms import Norm, NormReader
@@ -97,6 +97,10 @@ class AttentionReader:
             weight, bias = attn.W_O.detach(), parameter(attn, "b_O")
         scale = block_scale(block)
         return Attention(layer, site, weight, bias, self.norms.post_norm(layer, "ln1"), scale)
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """The layer's attention, as the model calls it."""
+        return self.model.blocks[layer].attn
 
     def pattern_and_values(self, layer: int) -> PatternAndValues:
         """The values that the layer's heads mix, and the pattern they mix them by."""

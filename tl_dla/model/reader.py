@@ -47,6 +47,7 @@ class ModelReader:
         self.final_norm, self.attention_norm = norms.final_norm, norms.attention_norm
         self.mlp_norm, self.parallel = norms.mlp_norm, norms.parallel
         self.attention, self.mlp = attention.attention, mlps.mlp
+        self.attention_module = attention.attention_module
         self.mlp_in = MLPInReader(hooks, norms).mlp_in
         self.pattern_and_values, self.gate = attention.pattern_and_values, attention.gate
         self.value_projection = attention.value_projection
