@@ -120,6 +120,24 @@ def test_one_certificate_covers_every_logit(monkeypatch):
     assert not bool(error[:, :80].any()) and bool(error[:, 80:].any())
 
 
+def test_a_table_of_all_is_that_of_each(monkeypatch):
+    result = direct_logit_attribution(load("gpt2"), tokens(), candidate_tokens="all", pos=[2, -1])
+    table = result.to_dataframe()
+    assert len(table) == len(result) * 2 * 2 * 97
+    assert list(table.columns[5:9]) == ["token", "candidate", "attribution", "logit"]
+    for b, p, c, row in [(0, 0, 0, 0), (1, 1, 96, 3), (0, 1, 40, len(result) - 1)]:
+        line = table.iloc[((2 * b + p) * 97 + c) * len(result) + row]
+        name = result.targets.candidates[c]
+        assert (line["label"], line["candidate"], line["prompt"]) == (result.labels[row], name, b)
+        assert line["attribution"] == pytest.approx(float(result.attribution[row, b, p, c]))
+        assert line["logit"] == pytest.approx(float(result.logit[b, p, c]))
+    monkeypatch.setattr("tl_dla.figures.view.MOST_CANDIDATES", 50)
+    for draw in (result.plot, result.plot_profile):
+        with pytest.raises(ArgumentError, match="room for 50 candidates, and the result has 97"):
+            draw()
+    assert result.plot_profile(candidate=3).data
+
+
 def test_what_has_no_room_is_said(monkeypatch):
     monkeypatch.setattr(runs, "_TOKENS_AT_ONCE", 40)
     with pytest.raises(ArgumentError, match="top_neurons ranks neurons for few candidates"):

@@ -19,11 +19,12 @@ class Tabled(Shown, Protocol):
 
 def dataframe(result: Tabled) -> "pd.DataFrame":
     """A line per row × prompt × position (× candidate); see `Attribution.to_dataframe`."""
+    import numpy as np
     import pandas as pd
 
     query = result.query
-    values = result.values.detach().cpu().numpy()
-    logit = query.with_axes(result.logit[None])[0]
+    values_of = result.values.detach().cpu().numpy()
+    logit = query.with_axes(result.logit[None])[0].detach().cpu().double().numpy()
     names = query.targets.candidates or ("",)
     packed, alone = query.prompts.packed, not result.mean_over
     lines = []
@@ -31,28 +32,32 @@ def dataframe(result: Tabled) -> "pd.DataFrame":
         position = int(query.positions.index[b, p])
         known = query.has_tokens
         token = token_strings(query.model, packed[b, position][None])[0] if known else ""
-        for c, name in enumerate(names):
-            frame = pd.DataFrame(
-                {
-                    "label": result.labels,
-                    "kind": result.kinds,
-                    "layer": pd.array(result.layers, dtype="Int64"),
-                    "prompt": b if alone else pd.NA,
-                    "position": position if alone else pd.NA,
-                    "token": token,
-                    "attribution": values[:, b, p, c],
-                    "logit": float(logit[b, p, c]),
-                }
-            )
-            if query.targets.candidates:
-                frame.insert(6, "candidate", name)
-            if any(source is not None for source in result.sources):
-                frame["source"] = pd.array(result.sources, dtype="Int64")
-                texts = token_strings(query.model, packed[b]) if known else [""] * packed.shape[1]
-                frame["source_token"] = [
-                    None if s is None else texts[s] if alone else "" for s in result.sources
-                ]
-            lines.append(frame)
+        one = {
+            "label": result.labels,
+            "kind": result.kinds,
+            "layer": pd.array(result.layers, dtype="Int64"),
+            "prompt": b if alone else pd.NA,
+            "position": position if alone else pd.NA,
+            "token": token,
+        }
+        if any(source is not None for source in result.sources):
+            one["source"] = pd.array(result.sources, dtype="Int64")
+            texts = token_strings(query.model, packed[b]) if known else [""] * packed.shape[1]
+            one["source_token"] = [
+                None if s is None else texts[s] if alone else "" for s in result.sources
+            ]
+        # All rows of the first candidate, then of the next: a whole vocabulary is one frame.
+        rows = pd.DataFrame(one)
+        frame = rows.iloc[np.tile(np.arange(len(rows)), len(names))].reset_index(drop=True)
+        values = {
+            "attribution": values_of[:, b, p].T.ravel(),
+            "logit": logit[b, p].repeat(len(rows)),
+        }
+        if query.targets.candidates:
+            values = {"candidate": np.repeat(np.array(names, dtype=object), len(rows)), **values}
+        for place, (name, value) in enumerate(values.items(), 6):
+            frame.insert(place, name, value)
+        lines.append(frame)
     table = pd.concat(lines, ignore_index=True)
     table["share"] = table["attribution"] / table["logit"]
     return table

@@ -18,7 +18,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, safe
-from tl_dla.figures.view import View, headings
+from tl_dla.figures.view import View, headings, require_few
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +128,7 @@ def profile(
     Raises:
         ArgumentError: for layers of which there is no row, or a contrast of one candidate.
     """
+    require_few(view)
     rows = list(range(len(view.labels)))
     if layers is not None:
         listed = [layers] if isinstance(layers, int) else list(layers)

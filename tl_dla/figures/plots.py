@@ -24,7 +24,7 @@ from tl_dla.figures.charts import PLAIN, Colours, Grid, Heading, Look, Sizes
 from tl_dla.figures.head_map import heads
 from tl_dla.figures.text import number, visible
 from tl_dla.figures.trajectory import trajectory
-from tl_dla.figures.view import View, fold, headings
+from tl_dla.figures.view import View, fold, headings, require_few
 
 
 def plot(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
@@ -36,10 +36,11 @@ def plot(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         look: title and size in place of the figure's own.
 
     Raises:
-        ArgumentError: for k < 1.
+        ArgumentError: for k < 1, or more candidates than there is room for.
     """
     if k < 1:
         raise ArgumentError(f"k must be at least 1; {k} was given.")
+    require_few(view)
     if view.unit == "layer":
         return trajectory(view, look)
     if len(view.candidates) > 1:

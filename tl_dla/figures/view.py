@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.text import safe, shorten
 
+MOST_CANDIDATES = 500
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -147,6 +149,15 @@ def where(view: View) -> str:
     if view.n_prompts == 1:
         return f"{len(view.samples)} positions of prompt {view.samples[0].prompt}"
     return f"mean over {len(view.samples)} positions of {view.n_prompts} prompts, and each of them"
+
+
+def require_few(view: View) -> None:
+    """Raise where there are more candidates than a figure has room for."""
+    if len(view.candidates) > MOST_CANDIDATES:
+        raise ArgumentError(
+            f"A figure has room for {MOST_CANDIDATES} candidates, and the result has"
+            f" {len(view.candidates)}: give candidate=, or attribute to fewer of them."
+        )
 
 
 # ---- which rows matter -------------------------------------------------------------------------
