@@ -46,7 +46,13 @@ class _FrozenTanh(TorchFunctionMode):
 
 
 def score_reference(
-    model: nn.Module, tokens: Tensor, head: tuple[int, int], places: list[int], unit: str
+    model: nn.Module,
+    tokens: Tensor,
+    head: tuple[int, int],
+    places: list[int],
+    unit: str,
+    *,
+    pairs: bool = True,
 ) -> ScoreReference:
     """The score of a (layer, head) at places: query, key and versus, all different."""
     layer, index = head
@@ -66,13 +72,15 @@ def score_reference(
         )
     read = [(w, g) for w, g in zip(writes, gradients, strict=True) if g is not None]
     rows = {side: defaultdict(Tensor) for side in "qk"}
-    pairs: dict[tuple[str, str], Tensor] = {}
+    both: dict[tuple[str, str], Tensor] = {}
     for write, gradient in read:
         gradient = gradient.reshape(*tokens.shape, -1)
         for label, value in _parts(write, unit, tokens, layer).items():
             _add(rows["q"], label, (gradient * value)[:, query].sum(-1))
             others = torch.arange(tokens.shape[1]) != query
             _add(rows["k"], label, (gradient * value)[:, others].sum((1, 2)))
+            if not pairs:
+                continue
             second = torch.autograd.grad(
                 (gradient * value)[:, query].sum(),
                 [w.leaf for w, _ in read],
@@ -84,12 +92,12 @@ def score_reference(
                     continue
                 back = back.reshape(*tokens.shape, -1)
                 for name, part in _parts(other, unit, tokens, layer).items():
-                    _add(pairs, (label, name), (back * part)[:, others].sum((1, 2)))
+                    _add(both, (label, name), (back * part)[:, others].sum((1, 2)))
     query_rows, key_rows = (
         {label: row.detach() for label, row in rows[side].items()} for side in "qk"
     )
-    pairs = {label: pair.detach() for label, pair in pairs.items()}
-    return ScoreReference(score.detach(), query_rows, key_rows, pairs)
+    both = {label: pair.detach() for label, pair in both.items()}
+    return ScoreReference(score.detach(), query_rows, key_rows, both)
 
 
 def _attention_layers(model: nn.Module) -> list[int]:
