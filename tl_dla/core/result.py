@@ -13,12 +13,13 @@ from torch import Tensor
 from tl_dla.core import saved, tidy
 from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify
 from tl_dla.core.choice import Average, Choice, read_choice
+from tl_dla.core.files import aside
 from tl_dla.core.numbers import Hop, Numbers, Subject, compact
 from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
 from tl_dla.core.rows import RowKey, Rows
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.absent import AbsentModel, require_alike
+from tl_dla.inputs.absent import AbsentModel, name_of, require_alike
 from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
@@ -468,6 +469,59 @@ class Attribution:
         from tl_dla.figures import charts, plots
 
         return plots.plot(view_of(self, prompt, candidate), k, charts.Look(title, width, height))
+
+    def save_figure(
+        self,
+        path: str | PathLike[str],
+        *,
+        width: Literal["column", "page"] | float = "column",
+        height: float | None = None,
+        certificate: bool = False,
+        prompt: int | None = None,
+        candidate: str | int | None = None,
+        k: int = 20,
+    ) -> Path:
+        """Write the figure as a paper prints it, without a title, and return its path.
+
+        `caption` says what stands below it. Files are made by plotly's own exporter, kaleido
+        (`pip install 'tl-dla[figures]'`), which needs Chrome or Chromium.
+
+        Args:
+            path: ends in `.pdf`, `.svg` or `.png` (300 dots an inch).
+            width: `"column"` (3.25 inches), `"page"` (6.75 inches), or inches.
+            height: in inches; as high as what is drawn by default.
+            certificate: write the certificate above the figure.
+            prompt: as in `plot`.
+            candidate: as in `plot`.
+            k: as in `plot`.
+
+        Raises:
+            ArgumentError: for another format, a width or height that is none, a folder that is not
+                there, and as `plot` does.
+            ImportError: kaleido is not installed.
+            RuntimeError: it finds no Chrome or Chromium; plotly says how to get one.
+        """
+        from tl_dla.figures import paper
+
+        path, sheet = Path(path), paper.Sheet(width, height, certificate)
+        if not path.parent.is_dir() or path.is_dir():
+            raise ArgumentError(f"The figure cannot be written to {str(path)!r}: name a file.")
+        fig = paper.figure(view_of(self, prompt, candidate), k, sheet)
+        file = paper.exported(fig, path.suffix)
+        with aside(path) as temporary:
+            temporary.write_bytes(file)
+        return path
+
+    def caption(self, *, prompt: int | None = None, candidate: str | int | None = None) -> str:
+        """What the figure shows, as the caption that a paper puts below it.
+
+        Args:
+            prompt: as in `plot`.
+            candidate: as in `plot`.
+        """
+        from tl_dla.figures import paper
+
+        return paper.caption(view_of(self, prompt, candidate), name_of(self.model))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rows that matter as bars, and the certificate."""

@@ -73,6 +73,11 @@ class AbsentModel:
         )
 
 
+def name_of(model: Any) -> str:
+    """A model's name and architecture."""
+    return model.name if isinstance(model, AbsentModel) else " · ".join(_named(ModelReader(model)))
+
+
 def without_weights(
     model: Any, prompts: Prompts, targets: Int[Tensor, "#batch #pos token"]
 ) -> AbsentModel:
@@ -82,7 +87,7 @@ def without_weights(
     reader = ModelReader(model)
     numbers = {key: getattr(model.cfg, key, None) for key in _NUMBERS}
     return AbsentModel(
-        " · ".join(_named(reader)),
+        name_of(model),
         {key: value for key, value in numbers.items() if isinstance(value, int)},
         _texts(getattr(model, "tokenizer", None), prompts, targets),
         reader.stream().writers,

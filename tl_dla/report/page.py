@@ -6,8 +6,6 @@ what a user wrote (prompts, tokens, the command) is text. The figures of other u
 result's own come from runs of the same model on the same tokens.
 """
 
-import os
-import threading
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
@@ -18,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from tl_dla.core.files import aside
 from tl_dla.core.result import Attribution
 from tl_dla.core.view import view_of
 from tl_dla.effects.audit import Audit
@@ -76,24 +75,11 @@ def write_report(
     choice = Shown(prompt, k, attention, audit)
     page = page_of(result, choice, command or f'result.report("{path}")')
     try:
-        _replace(path, page)
+        with aside(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, f"{error.strerror}") from error
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write aside, then rename: a full disk leaves no half page, and what was there stays."""
-    path = path.resolve()  # a link stays a link
-    if path.exists() and not path.is_file():  # a pipe
-        path.write_text(text, encoding="utf-8")
-        return
-    aside = path.with_name(f".tl_dla_{os.getpid()}_{threading.get_ident()}.html")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _require_writable(path: Path) -> None:
