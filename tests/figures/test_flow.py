@@ -46,7 +46,7 @@ def test_candidates_have_a_picture_each():
 
 def test_what_is_not_there_is_not_drawn():
     result = attribute_inputs(load("gpt2"), ["w3 w4 w5", "w7"], 5, 9, pos=slice(0, 3))
-    with pytest.raises(ArgumentError, match="Prompt 1 has no position 2"):
+    with pytest.raises(ArgumentError, match="position must be one of the result's 2"):
         result.plot_flow(prompt=1, position=2)
     with pytest.raises(ArgumentError, match="prompt must be one of the result's 2"):
         result.plot_flow(prompt=2)

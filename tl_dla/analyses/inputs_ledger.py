@@ -141,8 +141,6 @@ class InputLedger(Attribution):
                 "The flow is drawn over the prompt's tokens, and the cache came without them: pass"
                 " the prompts as `input` beside it."
             )
-        if not bool(self.positions.valid[b, p]):
-            raise ArgumentError(f"Prompt {b} has no position {position} of those attributed.")
         view, at = view_of(self, b), int(self.positions.index[b, p])
         sample = next(i for i, s in enumerate(view.samples) if s.position == at)
         held = self.held[:, b, p, c, : at + 1].detach().cpu().double().numpy()
