@@ -165,6 +165,24 @@ MISTAKES = {
         ),
         "another": (lambda m, c, t: (2, 1), r"L2H1 writes .* another head lowers it more"),
     },
+    "read_flow": {
+        "one too high": (
+            lambda f: (int(f[0].argmax()), int((f[:, -1] > f.sum(1) / 2).int().argmax())),
+            "one too high",
+        ),
+        "layer token": (lambda f: solutions.read_flow(f)[::-1], r"these are \(layer, token\)"),
+        "magnitude": (
+            lambda f: (int(f[0].abs().argmax()), solutions.read_flow(f)[1]),
+            "largest against the answer",
+        ),
+        "at the end": (
+            lambda f: (int(f[-1].argmax()), solutions.read_flow(f)[1]),
+            "all of it is at the last token",
+        ),
+        "last layer": (lambda f: (int(f[0].argmax()), len(f) - 2), "does not have to be"),
+        "one": (lambda f: 3, "two numbers are wanted"),
+        "another": (lambda f: (0, 0), "one of them is off"),
+    },
     "logit_diff_lost": {
         "sign": (partial(lost, sign=-1), "the sign"),
         "what is left": (partial(lost, before=False), "the difference that is left"),

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_dla.exercises.choices import check_adds_up, check_top_heads
+from tl_dla.exercises.choices import check_adds_up, check_read_flow, check_top_heads
 from tl_dla.exercises.comparing import Mistake
 from tl_dla.exercises.lesson import Lesson, load_lesson
 from tl_dla.exercises.norm import check_all_rows, check_layer_norm_split, check_logit_lens
@@ -50,6 +50,7 @@ EXERCISES = {
     "source_contributions": Exercise(3, check_source_contributions),
     "suppressing_head": Exercise(2, check_suppressing_head),
     "logit_diff_lost": Exercise(3, check_logit_diff_lost),
+    "read_flow": Exercise(2, check_read_flow),
     "layer_norm_split": Exercise(2, check_layer_norm_split),
     "all_rows": Exercise(2, check_all_rows),
     "adds_up": Exercise(2, check_adds_up),

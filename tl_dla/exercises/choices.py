@@ -1,4 +1,4 @@
-"""Checks of the two exercises that answer with a choice: which heads, and whether rows add up."""
+"""Checks of the exercises that answer with a choice: which heads, where, whether rows add up."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_dla.exercises.comparing import Mistake
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import gamma_directions, heads, ledger, project
+from tl_dla.total import attribute_inputs
 
 Head = tuple[int, ...]  # (layer, head)
 
@@ -77,6 +78,42 @@ def _compare_heads(
         f"some of these are other heads: {len({*given[0]} & {*positive})} of the {k} positive and"
         f" {len({*given[1]} & {*negative})} of the {k} negative ones are right."
     )
+
+
+# Read at points 0 to 5: the answer waits at token 2, beside a larger entry against it at token 1,
+# and layer 2 carries it to the last token.
+WAITING = [[0.2, -9.5, 9.0, 5.0, 0.3], [0.1, -8.0, 8.0, 4.0, 0.5], [0.0, -3.0, 6.0, 1.0, 1.0]]
+ARRIVED = [[0.0, 0.0, 0.5, 0.5, 4.0], [0.0, 0.0, 0.0, 0.2, 5.0], [0.0, 0.0, 0.0, 0.0, 5.0]]
+
+
+def check_read_flow(function: Callable[..., Any], lesson: Lesson) -> None:
+    """The token where the answer waits at first, and the layer that carries it to the last one."""
+    own = attribute_inputs(
+        lesson.model, lesson.tokens, lesson.correct, lesson.incorrect, progress=False
+    ).flow
+    for flow in (torch.tensor(WAITING + ARRIVED), *own.unbind(1)):
+        at_last = (flow[:, -1] > flow.sum(1) / 2).tolist()
+        token, layer = int(flow[0].argmax()), at_last.index(True) - 1
+        given = function(flow)
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise Mistake("two numbers are wanted, (token, layer).")
+        given = (int(given[0]), int(given[1]))
+        told = {
+            (token, layer + 1): "the layer is one too high: point l is what is held *before* layer"
+            " l, so what is new there was carried by the layer before.",
+            (layer, token): "these are (layer, token): the token comes first.",
+            (int(flow[0].abs().argmax()), layer): "this token's entry is the largest against the"
+            " answer: the one that holds the answer is positive.",
+            (flow.shape[1] - 1, layer): "at the end all of it is at the last token: the token is"
+            " asked for where it stands at the embeddings, at point 0.",
+            (token, len(flow) - 2): "the last layer does not have to be the one: find the first"
+            " point at which the last token holds more than half.",
+        }
+        if given == (token, layer):
+            continue
+        raise Mistake(
+            told.get(given, f"{given} is not where this flow has it: one of them is off.")
+        )
 
 
 def check_adds_up(function: Callable[..., Any], lesson: Lesson) -> None:

@@ -137,3 +137,8 @@ def logit_diff_lost(
     hooks = [(f"blocks.{layer}.attn.hook_z", silence)]
     without = model.run_with_hooks(tokens, fwd_hooks=hooks)
     return float(logit_diff(model(tokens)) - logit_diff(without))
+
+
+def read_flow(flow: Float[Tensor, "point token"]) -> tuple[int, int]:
+    arrived = flow[:, -1] > flow.sum(1) / 2
+    return int(flow[0].argmax()), int(arrived.int().argmax()) - 1
