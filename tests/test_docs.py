@@ -1,4 +1,4 @@
-"""The code of the documentation's own pages runs, page by page, as a reader pastes it."""
+"""The code of the README and of the documentation runs, page by page, as a reader pastes it."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / "index.md", *sorted((DOCS / "howto").glob("*.md"))]
+PAGES = [DOCS.parent / "README.md", DOCS / "index.md", *sorted((DOCS / "howto").glob("*.md"))]
 
 
 @pytest.mark.usefixtures("unchecked")

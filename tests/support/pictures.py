@@ -1,6 +1,6 @@
 """Make the pictures of the README: `python -m tests.support.pictures` writes docs/images/*.png.
 
-Needs Chromium. The model is the bundled demo, so that anyone gets the same pictures.
+Needs Chromium. The model is the bundled demo, and once SmolLM2-135M.
 """
 
 import tempfile
@@ -51,6 +51,10 @@ def main() -> None:
 
     with Browser() as browser:
         picture(browser, attribute("head").plot(), "heads", 900)
+        real = direct_logit_attribution(
+            load_model("smollm2"), PROMPT, " Mary", " John", unit="head"
+        )
+        picture(browser, real.plot(), "smollm2", 900)
         picture(browser, attribute("component").plot(), "components", 900)
         picture(browser, attribute("layer").plot(), "layers", 900)
         batch = direct_logit_attribution(model, PROMPTS, ANSWERS, INCORRECT)
