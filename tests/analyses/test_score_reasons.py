@@ -13,6 +13,8 @@ from tl_dla import (
 )
 from tl_dla.cli import main
 
+pytestmark = of_4  # a HookedTransformer's scores are not read
+
 PROMPTS = [
     "When John and Mary went to the shops, John gave the bag to",
     "When Tom and James went to the park, James gave the ball to",
@@ -53,7 +55,6 @@ def test_the_token_read_most_is_compared_with_the_next_of_another_sort(demo):
         assert head.why == [own.sentence()]
 
 
-@of_4
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next"])
 def test_prompts_of_different_lengths_at_several_positions(name):
     """Each prompt's last attributed position; rotations, norms, layers of other kinds."""
@@ -71,7 +72,6 @@ def test_prompts_of_different_lengths_at_several_positions(name):
             assert head.why[b] == own.sentence()
 
 
-@of_4
 def test_a_cache_gives_the_same_line_where_it_holds_the_positions():
     for name, same in ("gpt2", True), ("llama", False):
         model = boot(name)
@@ -83,7 +83,6 @@ def test_a_cache_gives_the_same_line_where_it_holds_the_positions():
         assert [head.why for head in kept] == [h.why if same else ["", ""] for h in ran]
 
 
-@of_4
 def test_where_scores_are_not_read_there_is_no_line():
     result = direct_logit_attribution(boot("native_rms"), tokens(), 5, unit="head")
     [head, *_] = top_heads_with_patterns(result, 1)
