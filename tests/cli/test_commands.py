@@ -16,6 +16,7 @@ from tl_dla import direct_logit_attribution, logit_lens
 from tl_dla.analyses.check_model import Identity, ModelCheck
 from tl_dla.cli import main
 from tl_dla.cli.answers import check_output
+from tl_dla.figures.text import number
 from tl_dla.inputs.selection import Unit
 from tl_dla.loading import load_model
 
@@ -269,6 +270,15 @@ def test_the_report_is_a_page_with_the_command_that_made_it(run, tmp_path, capsy
     text = page.read_text()
     assert text.startswith("<!doctype html>")
     assert f"tl-dla report &#39;{PROMPT}&#39; --answer w8" in text
+    assert "not what removing the part would do" in text
+    assert 'id="audit"' not in text
+    assert main([*argv, "--audit"]) == 0
+    capsys.readouterr()
+    text = page.read_text()
+    audited = text[text.index('id="audit"') :]
+    found = direct_logit_attribution(load_model(folder), PROMPT, "w8").audit(progress=False)
+    cells = [number(x) for x in found.to_dataframe()["total"]]
+    assert len(cells) > 5 and all(f'<td class="n">{cell}</td>' in audited for cell in cells)
 
 
 # ---- dataset, summarize ------------------------------------------------------------------------

@@ -126,6 +126,14 @@ def test_a_press_on_a_cell_says_all_there_is_of_the_head(ask):
     assert len(page.evaluate("document.querySelector('#figure-2').layout.shapes")) == 1
 
 
+def test_the_panel_of_a_shown_head_says_who_wrote_its_query_and_key(ask):
+    page = ask("one", "row=L0H0")
+    assert "because of" not in panel(page)  # not among those that are shown with their attention
+    for head in top_heads_with_patterns(attribute(PROMPTS[0]), 3):
+        page.evaluate(f"choose({{row: '{head.label}'}})")
+        assert "because of" in head.why[0] and f"{head.label} {head.why[0]}." in panel(page)
+
+
 def test_a_press_on_a_bar_and_on_a_token(ask):
     page = ask("one")
     page.evaluate("document.querySelector('#figure-0').scrollIntoView()")

@@ -185,7 +185,7 @@ _SUBCOMMANDS = {
     "report": _Subcommand(
         "Write figures, lens, heads and certificate of an attribution to one self-contained page",
         "prompt --pos --answer --answer-id --candidates --incorrect --incorrect-id"
-        f" {_MODEL} --unit --layer --head --top --out",
+        f" {_MODEL} --unit --layer --head --top --audit --out",
         f"{_IOI.format('report')} --answer ' Mary' --incorrect ' John' --out page.html",
         {
             "--out": {"help": "the HTML page to write", "required": True},

@@ -113,7 +113,8 @@ def report(args: argparse.Namespace) -> None:
     tell(f"report: {result.reconstruction}")
     if warning := rest_warning(result.labels, result.kinds, result.attribution.flatten(1)):
         tell(f"warning: {warning}")
-    path = write_report(result, args.out, k=args.top, command=args.command)
+    audit = result.audit(progress=sys.stderr.isatty()) if args.audit else None
+    path = write_report(result, args.out, k=args.top, audit=audit, command=args.command)
     wrote(path, args)
 
 

@@ -249,9 +249,12 @@ function aboutSources(label, s) {
     gap = false;
     strip.append(tokenOf(text, prompt, i, move[i] ?? 0, most, attention[i] ?? 0));
   });
+  const last = Math.max(...asked.places.filter(([own]) => own === prompt).map(([, position]) => position));
+  const why = asked.places[s][1] === last ? (asked.why[prompt] ?? {})[label] : undefined;
   return [make("h3", {textContent: `Attention from ${placed(s)}, and what it moved`}), strip,
+    why ? make("p", {textContent: `${label} ${why}.`}) : null,
     tableOf(["token", "position", "attention", "moved"], shown.map(i => [quoted(tokens[i]), `${i}`, percent(attention[i] ?? 0), number(move[i] ?? 0)])),
-    make("p", {className: "soft", textContent: `All ${move.length} tokens add up to ${number(move.reduce((a, b) => a + b, 0))} logits.`})];
+    make("p", {className: "soft", textContent: `All ${move.length} tokens add up to ${number(move.reduce((a, b) => a + b, 0))} logits.`})].filter(one => one !== null);
 }
 function tint(value, most) {
   return `color-mix(in srgb, ${value >= 0 ? themes.positive : themes.negative} ${Math.round(80 * Math.abs(value) / most)}%, transparent)`;
