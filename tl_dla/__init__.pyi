@@ -9,6 +9,7 @@ from .analyses.cache_methods import stack_head_results as stack_head_results
 from .analyses.check_model import check_model as check_model
 from .analyses.comparison import compare as compare
 from .analyses.completion import attribute_answer as attribute_answer
+from .analyses.completion import attribute_completion as attribute_completion
 from .analyses.geometry import unembedding_pca as unembedding_pca
 from .analyses.head_patterns import top_heads_with_patterns as top_heads_with_patterns
 from .analyses.logit_lens import logit_lens as logit_lens

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from tests.support.models import either, load
-from tests.zoo.build import tokens
-from tl_dla import TokenError, attribute_answer, direct_logit_attribution
-from tl_dla.errors import ArgumentError
+from tests.zoo.build import hf_reference, tokens
+from tl_dla import (
+    ArgumentError,
+    TokenError,
+    attribute_answer,
+    attribute_completion,
+    direct_logit_attribution,
+)
+from tl_dla.core import run
 
 ANSWER, BASELINE = [5, 40, 9], [7, 20]
 
@@ -35,7 +41,9 @@ def test_each_step_is_the_attribution_of_one_more_token(name, unit):
 def test_a_baseline_of_another_length_is_subtracted(name):
     """In logits, against the model's own on each of the two texts."""
     model, prompts = load(name), tokens()[:, :6]
-    result = attribute_answer(model, prompts, ANSWER, BASELINE)
+    with pytest.warns(UserWarning, match="has 3 tokens and its baseline 2"):
+        result = attribute_answer(model, prompts, ANSWER, [BASELINE] * 2)
+    assert "sums over different numbers of tokens" in repr(result)
     own = torch.zeros(2)
     for answer, sign in ((ANSWER, 1.0), (BASELINE, -1.0)):
         text = torch.cat([prompts, torch.tensor(answer).expand(2, -1)], 1)
@@ -45,7 +53,8 @@ def test_a_baseline_of_another_length_is_subtracted(name):
     torch.testing.assert_close(result.logit, own, atol=1e-5, rtol=0)
     torch.testing.assert_close(result.attribution.sum(0), own, atol=1e-5, rtol=0)
     whole = attribute_answer(model, prompts, ANSWER).attribution
-    less = attribute_answer(model, prompts, BASELINE).attribution
+    assert result.steps.attribution.shape[1:] == (2, 3)
+    less = attribute_answer(model, prompts, [BASELINE] * 2).attribution
     torch.testing.assert_close(result.attribution, whole - less, atol=5e-6, rtol=1e-4)
 
 
@@ -53,10 +62,12 @@ def test_prompts_and_answers_may_all_differ_in_length():
     model = load("gemma2")
     texts = [" ".join(f"w{i}" for i in tokens()[0]), " ".join(f"w{i}" for i in tokens()[1, :7])]
     answers, baselines = [[5, 40, 9], [12]], [[7], [20, 21]]
-    both = attribute_answer(model, texts, answers, baselines, unit="head")
+    with pytest.warns(UserWarning, match="The answer of prompt 0 has 3 tokens"):
+        both = attribute_answer(model, texts, answers, baselines, unit="head")
     assert both.answers == [["w5", "w40", "w9"], ["w12"]] and both.baselines[1] == ["w20", "w21"]
     for i in range(2):
-        alone = attribute_answer(model, texts[i], answers[i], baselines[i], unit="head")
+        with pytest.warns(UserWarning, match="The answer has"):
+            alone = attribute_answer(model, texts[i], answers[i], baselines[i], unit="head")
         torch.testing.assert_close(
             both.attribution[:, i], alone.attribution[:, 0], atol=5e-6, rtol=0
         )
@@ -81,6 +92,12 @@ def test_an_answer_of_one_token_is_the_plain_attribution():
 
 def test_what_is_no_answer_is_refused():
     model = load("gpt2")
+    with pytest.raises(TokenError, match=r"may be one answer of 2 tokens, or a token for each"):
+        attribute_answer(model, tokens(), [5, 6])
+    with pytest.raises(TokenError, match=r"it has shape \(1, 1, 2\)"):
+        attribute_answer(model, tokens(), torch.tensor([[[5, 6]]]))
+    with pytest.raises(TokenError, match="3 answers were given for 2 prompts"):
+        attribute_answer(model, tokens(), torch.tensor([[5, 6]] * 3))
     with pytest.raises(TokenError, match="The answer is no token"):
         attribute_answer(model, tokens(), "")
     with pytest.raises(TokenError, match="3 answers were given for 2 prompts"):
@@ -88,4 +105,73 @@ def test_what_is_no_answer_is_refused():
     with pytest.raises(TokenError, match="context"):
         attribute_answer(model, tokens(), [5] * 200)
     with pytest.raises(ArgumentError, match="say which, with prompt="):
-        attribute_answer(model, tokens(), [5, 6]).top()
+        attribute_answer(model, tokens(), [5, 6, 7]).top()
+
+
+# ---- each token's own baseline, probability and rank -------------------------------------------
+
+
+def plain_logits(name, text, first):
+    """The plain module's logits before each token of the answer."""
+    with torch.no_grad():
+        return hf_reference(name)(text).logits[:, first - 1 : -1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_probabilities_ranks_and_baselines_are_the_plain_models(name, monkeypatch):
+    """Also with the prompts run one by one."""
+    model, prompts = load(name), tokens()[:, :6]
+    answers = torch.tensor([[5, 40, 9], [7, 20, 11]])  # one for each prompt
+    logits = plain_logits(name, torch.cat([prompts, answers], 1), 6)
+    monkeypatch.setattr(run, "_LOGITS_AT_ONCE", 3 * model.cfg.d_vocab)
+    own = logits.gather(-1, answers[..., None])[..., 0]
+    others = logits.scatter(-1, answers[..., None], -torch.inf)
+    found = attribute_answer(model, prompts, answers, "runner-up", unit="head")
+    log_probs = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    torch.testing.assert_close(found.log_probs, log_probs, atol=2e-5, rtol=1e-4)
+    assert torch.equal(found.ranks, (logits > own[..., None]).sum(-1))
+    assert torch.equal(found.odds.runner_up, others.argmax(-1))
+    torch.testing.assert_close(found.steps.logit, own - others.max(-1).values, atol=3e-5, rtol=1e-4)
+    mean = attribute_answer(model, prompts, answers, "mean")
+    torch.testing.assert_close(mean.steps.logit, own - logits.mean(-1), atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(mean.attribution.sum(0), mean.logit, atol=5e-5, rtol=1e-4)
+    word = attribute_answer(model, prompts, "w5 w40", "w7 w33")  # a text is one all the same
+    assert word.baselines == [["w7", "w33"]] * 2 and word.against is None
+
+
+# ---- completions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", either("gpt2", "gemma2", "ln"))
+def test_a_completion_is_what_the_model_says_and_each_token_as_if_asked_alone(name):
+    model, prompt = load(name), tokens(1, 6)
+    found = attribute_completion(model, prompt, max_new_tokens=4, unit="head", stop_at_eos=False)
+    text = prompt
+    for step in range(4):
+        with torch.no_grad():
+            nxt = model(text)[:, -1].argmax(-1, keepdim=True)
+        alone = direct_logit_attribution(model, text, nxt[0], unit="head")
+        torch.testing.assert_close(
+            found.steps.attribution[:, 0, step], alone.attribution[:, 0], atol=5e-6, rtol=1e-4
+        )
+        text = torch.cat([text, nxt], 1)
+    assert not found.ranks.any() and len(found.answers[0]) == 4
+    given = attribute_completion(model, prompt, text[0, 6:].tolist(), unit="head")
+    assert torch.equal(given.attribution, found.attribution)
+    assert found.segments == [["prompt"] * 6 + ["answer"] * 4]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_options_of_generate_are_passed_on_and_what_does_not_fit_is_refused():
+    model, prompt = load("gpt2"), tokens(1, 6)
+    with torch.no_grad():
+        stop = int(model(prompt)[0, -1].argmax())
+    assert len(attribute_completion(model, prompt, eos_token_id=stop).answers[0]) == 1
+    with pytest.raises(TokenError, match="max_new_tokens must be 1 to"):
+        attribute_completion(model, prompt, max_new_tokens=1000)
+    with pytest.raises(TokenError, match="One prompt is completed at a time; 2 were given"):
+        attribute_completion(model, tokens(), "w5")
+    with pytest.raises(ArgumentError, match='baseline must be None, "mean" or "runner-up"'):
+        attribute_completion(model, prompt, "w5", baseline="w7")
+    with pytest.raises(TokenError, match="no chat template"):
+        attribute_completion(model, [{"role": "user", "content": "w5"}])

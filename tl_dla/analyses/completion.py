@@ -7,133 +7,37 @@ have another length. A sum of logits is not a log-probability: a step that all t
 too, which a baseline of the same length takes away in part.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.certificate import Check, Reconstruction
+from tl_dla.analyses.answer import AnswerAttribution, Odds
+from tl_dla.analyses.chat import is_conversation, read_chat, read_start
+from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.result import Attribution
-from tl_dla.core.run import CAUSE, OWN_LOGIT, run
+from tl_dla.core.rounding import logits_tolerance
+from tl_dla.core.run import CAUSE, Run, run
+from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.inputs.models import require_eval, require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Unit, read_selection, require_unit
+from tl_dla.inputs.selection import Selection, Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
-from tl_dla.inputs.tokens import read_prompts, token_strings
+from tl_dla.inputs.tokens import Prompts, read_prompts, token_strings
+from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import Kind
+from tl_dla.model.unembedding import output_transform
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-Answer = str | Sequence[int] | Int[Tensor, " token"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AnswerAttribution:
-    """What each part of the model wrote to an answer's logits, per step and summed.
-
-    Attributes:
-        steps: the answers' attribution, `[row, prompt, step]`; the baselines' follow as further
-            prompts. NaN where an answer has fewer steps than others.
-        answers: each prompt's answer, token by token.
-        baselines: each prompt's baseline, token by token; empty without a baseline.
-    """
-
-    steps: Attribution
-    answers: list[list[str]]
-    baselines: list[list[str]]
-
-    @property
-    def labels(self) -> list[str]:
-        """The rows' names."""
-        return self.steps.labels
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is."""
-        return self.steps.kinds
-
-    @property
-    def attribution(self) -> Float[Tensor, "row prompt"]:
-        """Each row summed over the answer's steps, less the baseline's."""
-        return self._summed(self.steps.attribution)
-
-    @property
-    def logit(self) -> Float[Tensor, " prompt"]:
-        """The model's own logits, summed over the answer's steps, less the baseline's."""
-        return self._summed(self.steps.logit)
-
-    @property
-    def reconstruction(self) -> Reconstruction:
-        """The certificate of every step."""
-        return self.steps.reconstruction
-
-    def _summed(self, x: Float[Tensor, "... prompts step"]) -> Float[Tensor, "... prompt"]:
-        total, n = x.nansum(-1), len(self.answers)
-        return total[..., :n] - total[..., n:] if self.baselines else total
-
-    def __getitem__(self, label: str) -> Float[Tensor, " prompt"]:
-        """One row, by its label."""
-        return self._summed(self.steps[label])
-
-    def top(
-        self, k: int = 5, *, kind: Kind | None = None, prompt: int | None = None
-    ) -> list[tuple[str, float]]:
-        """The k rows of the largest magnitude as `(label, value)`, largest first.
-
-        Args:
-            k: how many.
-            kind: only rows of this kind, such as `"head"`.
-            prompt: which prompt of a batch.
-
-        Raises:
-            ArgumentError: where there are several prompts and none is chosen.
-        """
-        if prompt is None and len(self.answers) > 1:
-            raise ArgumentError(f"There are {len(self.answers)} prompts: say which, with prompt=.")
-        values = self.attribution[:, prompt or 0].tolist()
-        named = zip(self.labels, values, self.kinds, strict=True)
-        rows = [(label, value) for label, value, own in named if kind in (None, own)]
-        return sorted(rows, key=lambda row: -abs(row[1]))[:k]
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """A line per row × prompt × step.
-
-        Columns: `label`, `kind`, `layer`, `prompt`, `answer` (`answer` or `baseline`), `step`,
-        `token` (the answer's token at that step), `attribution` and `logit` (the model's own).
-        """
-        import pandas as pd
-
-        n, frames = len(self.answers), []
-        for row, tokens in enumerate([*self.answers, *self.baselines]):
-            for step, token in enumerate(tokens):
-                frame = pd.DataFrame({"label": self.labels, "kind": self.kinds})
-                frame["layer"] = pd.array(self.steps.layers, dtype="Int64")
-                frame["prompt"], frame["answer"] = row % n, "baseline" if row >= n else "answer"
-                frame["step"], frame["token"] = step, token
-                frame["attribution"] = self.steps.attribution[:, row, step].cpu().numpy()
-                frame["logit"] = float(self.steps.logit[row, step])
-                frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
-
-    def __repr__(self) -> str:
-        """The rows that matter for the first prompt, and the certificate."""
-        title = f"AnswerAttribution: {''.join(self.answers[0])!r}"
-        title += f" − {''.join(self.baselines[0])!r}" if self.baselines else ""
-        lines = [f'{title}, unit="{self.steps.unit}", {len(self.answers[0])} steps']
-        rows = self.top(8, prompt=0)
-        width = max(len(label) for label, _ in rows)
-        lines += [f"  {label:>{width}}  {value:+9.4f}" for label, value in rows]
-        lines.append(
-            f"  {'all rows':>{width}}  {float(self.logit[0]):+9.4f}   {OWN_LOGIT}s, summed"
-        )
-        return "\n".join([*lines, f"  {self.reconstruction}"])
+Answer = str | Sequence[int] | Int[Tensor, "..."]
+Against = Literal["mean", "runner-up"]
+_POSITIONS_AT_ONCE = 64  # whose logits are held in float32 at once
 
 
 def attribute_answer(
@@ -155,8 +59,10 @@ def attribute_answer(
         model: a `HookedTransformer` or `TransformerBridge`.
         prompt: as `input` in `direct_logit_attribution`.
         answer: what follows the prompt: a string of any number of tokens (with its leading space),
-            or token ids; or a list of such, one per prompt.
-        baseline: another answer, whose logits are subtracted; its length may differ.
+            or token ids; or a list of such, or ids `[prompt, token]`, one per prompt.
+        baseline: another answer, whose logits are subtracted; its length may differ, which is
+            warned about. `"mean"` is the vocabulary's mean logit, and `"runner-up"` the likeliest
+            other token at each step (the model then runs twice); give ids to mean those words.
         unit: as in `direct_logit_attribution`.
         layers: as in `direct_logit_attribution`.
         heads: as in `direct_logit_attribution`.
@@ -165,8 +71,9 @@ def attribute_answer(
         prepend_bos: as in `model.to_tokens`, for strings.
 
     Raises:
-        TokenError: for an empty answer, as many answers as there are not prompts, or a prompt that
-            with its answer is longer than the model's context.
+        TokenError: for an empty answer, as many answers as there are not prompts, ids that may be
+            one answer or one for each prompt, or a prompt that with its answer is longer than the
+            model's context.
         ReconstructionError: where the rows do not add up to the model's own logits.
 
     Example:
@@ -178,42 +85,283 @@ def attribute_answer(
         >>> result.reconstruction.passed
         True
     """
-    require_unit(unit)
-    model = require_model(model)
-    require_eval(model)
-    selection = read_selection(ModelReader(model), unit, layers, heads, top_neurons)
-    given = read_prompts(model, prompt, prepend_bos=prepend_bos)
+    about = _About.of(model, unit, layers, heads, top_neurons, check)
+    given = read_prompts(about.model, prompt, prepend_bos=prepend_bos)
     starts = [row[: int(n)] for row, n in zip(given.packed, given.length, strict=True)]
-    wanted = [_answers(model, answer, len(starts), "answer")]
-    if baseline is not None:
-        wanted.append(_answers(model, baseline, len(starts), "baseline"))
-    flat = [ids for answers in wanted for ids in answers]
+    answers = _answers(about.model, answer, len(starts), "answer")
+    segments = [["prompt"] * len(start) for start in starts]
+    against = next(
+        (x for x in get_args(Against) if isinstance(baseline, str) and x == baseline), None
+    )
+    if against is not None:
+        return about.attribute(starts, answers, segments, against=against)
+    others = None if baseline is None else _answers(about.model, baseline, len(starts), "baseline")
+    found = about.attribute(starts, answers, segments, others)
+    if found.remark:
+        warnings.warn(found.remark, stacklevel=2)
+    return found
+
+
+def attribute_completion(
+    model: Any,
+    prompt: str | Sequence[Mapping[str, str]] | Sequence[int] | Int[Tensor, "*batch pos"],
+    completion: str | Sequence[int] | Int[Tensor, " new"] | None = None,
+    *,
+    max_new_tokens: int = 32,
+    unit: Unit = "component",
+    baseline: Against | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[str] | None = None,
+    top_neurons: int | None = None,
+    check: Check = "raise",
+    prepend_bos: bool | None = None,
+    **generate: Any,
+) -> AnswerAttribution:
+    """Attribute every token of what a model says, in one forward pass over prompt and completion.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        prompt: a text or token ids; or a conversation, messages with `role` and `content`, which
+            the tokenizer's own chat template writes.
+        completion: what was said, as text or ids. Without it the model says it now, greedily; of a
+            conversation that ends with the assistant's message, that message.
+        max_new_tokens: how many tokens the model says at most.
+        unit: as in `direct_logit_attribution`.
+        baseline: what each token is compared with: nothing, the vocabulary's `"mean"` logit, or the
+            `"runner-up"`, the likeliest other token (the model then runs once more).
+        layers: as in `direct_logit_attribution`.
+        heads: as in `direct_logit_attribution`.
+        top_neurons: as in `direct_logit_attribution`.
+        check: what a failed certificate does.
+        prepend_bos: as in `model.to_tokens`, for a text.
+        **generate: passed on to `model.generate`, as `do_sample=True, temperature=0.7`.
+
+    Returns:
+        The completion's rows token by token (`.steps`), its log-probabilities and ranks, and the
+        segment (`system`, `user`, `assistant`, `template`) of every token.
+
+    Raises:
+        TokenError: for a prompt or completion that cannot be read, or is longer than the context.
+        ArgumentError: for other arguments that do not fit.
+        ReconstructionError: where the rows do not add up to the model's own logits.
+
+    Example:
+        >>> from tl_dla import attribute_completion, load_model
+        >>> model = load_model("demo")
+        >>> result = attribute_completion(
+        ...     model, "The Eiffel Tower is in the city of", max_new_tokens=2
+        ... )
+        >>> result.answers
+        [[' Paris', '.']]
+        >>> result.ranks.tolist()
+        [[0, 0]]
+    """
+    if baseline not in (None, *get_args(Against)):
+        raise ArgumentError(
+            f'baseline must be None, "mean" or "runner-up"; {baseline!r} was given. Another text'
+            " is a baseline of attribute_answer."
+        )
+    about = _About.of(model, unit, layers, heads, top_neurons, check)
+    model, role = about.model, "assistant" if is_conversation(prompt) else "answer"
+    if completion is None and is_conversation(prompt) and prompt[-1].get("role") == role:
+        start, ids, segments = _answered(model, prompt)
+    else:
+        start, segments = read_start(model, prompt, prepend_bos)
+        if completion is None:
+            ids = _generated(model, start, max_new_tokens, generate)
+        else:
+            [ids] = _answers(model, completion, 1, "completion")
+        segments = [*segments, *[role] * len(ids)]
+    return about.attribute([start], [ids], [segments], against=baseline)
+
+
+def _answered(
+    model: Any, messages: Sequence[Mapping[str, str]]
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " new"], list[str]]:
+    """A conversation that holds its answer: what is before it, the answer, and all segments."""
+    start, before = read_chat(model, messages[:-1], answered=False)
+    whole, segments = read_chat(model, messages, answered=True)
+    if not torch.equal(whole[: len(start)], start):
+        raise TokenError(
+            "The chat template writes the conversation before the answer differently once the"
+            " answer is there: give the answer as completion=, and the messages before it."
+        )
+    own = [i for i, role in enumerate(segments) if i >= len(start) and role == "assistant"]
+    if not own:
+        raise TokenError("The last message is empty: give the assistant's words, or leave it out.")
+    end = own[-1] + 1
+    return start, whole[len(start) : end], [*before, *segments[len(start) : end]]
+
+
+def _generated(
+    model: Any, start: Int[Tensor, " token"], n: int, options: Mapping[str, Any]
+) -> Int[Tensor, " new"]:
+    """What the model says: greedily, where nothing else is asked for."""
+    if n < 1 or len(start) + n > model.cfg.n_ctx:
+        raise TokenError(
+            f"max_new_tokens must be 1 to {model.cfg.n_ctx - len(start)}, the room that the prompt"
+            f" leaves in the model's context; {n} was given."
+        )
+    given = {"do_sample": False, "verbose": False, **options}
+    with torch.no_grad():
+        out = model.generate(start[None], max_new_tokens=n, return_type="tokens", **given)
+    return out[0, len(start) :]
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _About:
+    """What is asked of the model, whatever the answers."""
+
+    model: Any
+    unit: Unit
+    selection: Selection
+    check: Check
+
+    @staticmethod
+    def of(
+        model: Any, unit: Unit, layers: Any, heads: Any, top_neurons: Any, check: Check
+    ) -> "_About":
+        """The arguments, checked."""
+        require_unit(unit)
+        require_check(check)
+        model = require_model(model)
+        require_eval(model)
+        selection = read_selection(ModelReader(model), unit, layers, heads, top_neurons)
+        return _About(model, unit, selection, check)
+
+    def attribute(
+        self,
+        starts: Sequence[Int[Tensor, " _"]],
+        answers: Sequence[Int[Tensor, " _"]],
+        segments: list[list[str]],
+        others: Sequence[Int[Tensor, " _"]] | None = None,
+        against: Against | None = None,
+    ) -> AnswerAttribution:
+        """Run the prompts with their answers, and with other texts where there are such."""
+        model, n = self.model, len(starts)
+        flat = [*answers, *(others or [])]
+        prompts, positions, ids = _laid_out(model, [*starts] * (1 if others is None else 2), flat)
+        query = Query(model, prompts, positions, _targets(ids, None))
+        if against == "runner-up":
+            seen = _Seen(model, ids)
+            once = run(query, "component", taps=seen.taps)
+            ids = torch.cat([ids, seen.odds(once).runner_up.clamp(min=0)[..., None]], -1)
+        query = Query(model, prompts, positions, _targets(ids, against))
+        seen = _Seen(model, ids[..., :1])
+        once = run(query, self.unit, self.selection, taps=seen.taps)
+        whole = once.result(Attribution).certified(self.check, CAUSE)
+        odds, steps, other = seen.odds(once), whole, None
+        if others is not None:
+            own, rest = (slice(0, n), slice(n, 2 * n))
+            steps, other = (once.part(at, query.part(at)).result(Attribution) for at in (own, rest))
+            odds = Odds(*(x[own] for x in vars(odds).values()))
+        texts = [token_strings(model, x) for x in flat]
+        if len(segments[0]) == len(starts[0]):
+            segments = [
+                [*some, *["answer"] * len(x)] for some, x in zip(segments, answers, strict=True)
+            ]
+        certificate = whole.reconstruction
+        return AnswerAttribution(
+            steps, other, texts[:n], texts[n:], against, certificate, odds, segments
+        )
+
+
+def _laid_out(
+    model: Any, starts: Sequence[Int[Tensor, " _"]], answers: Sequence[Int[Tensor, " _"]]
+) -> tuple[Prompts, Positions, Int[Tensor, "prompt step 1"]]:
+    """Prompts with their answers, the positions before each answer's tokens, and those tokens."""
     # What is asked of the last token of an answer is asked before it: the model need not read it.
-    rows = [
-        torch.cat([start, ids[:-1]]) for start, ids in zip(starts * len(wanted), flat, strict=True)
-    ]
+    rows = [torch.cat([start, ids[:-1]]) for start, ids in zip(starts, answers, strict=True)]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
     mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     prompts = read_prompts(model, tokens, attention_mask=mask)
-    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True)
     step = torch.arange(ids.shape[1], device=ids.device)
-    valid = step < torch.tensor([len(x) for x in flat], device=ids.device)[:, None]
-    first = torch.tensor([len(start) - 1 for start in starts * len(wanted)], device=ids.device)
+    valid = step < torch.tensor([len(x) for x in answers], device=ids.device)[:, None]
+    first = torch.tensor([len(start) - 1 for start in starts], device=ids.device)
     index = torch.where(valid, first[:, None] + step, 0)
-    positions = Positions(index, valid, False, False)
-    targets = Targets(ids[..., None], torch.ones(1, 1, dtype=torch.float64))
-    once = run(Query(model, prompts, positions, targets), unit, selection)
-    steps = once.result(Attribution).certified(check, CAUSE)
-    texts = [[token_strings(model, x) for x in answers] for answers in wanted]
-    return AnswerAttribution(steps, texts[0], texts[1] if baseline is not None else [])
+    return prompts, Positions(index, valid, False, False), ids[..., None]
+
+
+def _targets(ids: Int[Tensor, "prompt step token"], against: Against | None) -> Targets:
+    """Each step's token, less what it is compared with."""
+    weights = [[1.0]] if against is None else [[1.0, -1.0]]
+    return Targets(ids, torch.tensor(weights, dtype=torch.float64), None, against == "mean")
+
+
+# ---- log-probabilities and ranks ---------------------------------------------------------------
+
+
+class _Seen:
+    """The model's own words on each token, read off the logits as they pass by."""
+
+    def __init__(self, model: Any, ids: Int[Tensor, "prompt step 1"]) -> None:
+        self.model, self.ids = model, ids[..., 0]
+        self.site = Site("unembed.output", model.unembed)
+        self.whole = self._tap(slice(0, len(ids)))
+
+    def taps(self, prompts: slice) -> list[Tap]:
+        """What to keep, of some of the prompts."""
+        return [self.whole if prompts == slice(0, len(self.ids)) else self._tap(prompts)]
+
+    def _tap(self, prompts: slice) -> Tap:
+        return Tap(self.site, partial(_odds, self.model, self.ids[prompts]))
+
+    def odds(self, once: Run) -> Odds:
+        """What was read; nothing where an answer has no such token."""
+        log_probs, ranks, runner_up, own = once.kept[self.whole].unbind(-1)
+        assert once.kept.logits is not None
+        returned = once.kept.logits[..., 0].to(own)
+        # The model may do something to its logits that is not understood.
+        allowed = logits_tolerance(ModelReader(self.model).dtype) * returned.abs().amax()
+        understood = (own - returned).abs() <= allowed
+        valid = once.query.positions.valid.to(ranks.device)
+        log_probs = torch.where(understood, log_probs, torch.nan)
+        ranks, runner_up = (torch.where(valid, x, -1).long() for x in (ranks, runner_up))
+        return Odds(torch.where(valid, log_probs, torch.nan).float(), ranks, runner_up)
+
+
+def _odds(
+    model: Any, ids: Int[Tensor, "prompt step"], raw: Float[Tensor, "prompt step d_vocab"]
+) -> Float[Tensor, "prompt step 4"]:
+    """Log-probability, rank, the likeliest other token, and the logit, after the transform."""
+    found = []
+    for start in range(0, ids.shape[1], _POSITIONS_AT_ONCE):
+        at = slice(start, start + _POSITIONS_AT_ONCE)
+        logits = output_transform(model, upcast(raw[:, at]))
+        own = logits.gather(-1, chosen := ids[:, at, None].to(logits.device))
+        log_prob = own[..., 0] - logits.logsumexp(-1)
+        rank = (logits > own).sum(-1)
+        others = logits.scatter(-1, chosen, -torch.inf).argmax(-1)
+        seen = (log_prob, rank, others, own[..., 0])
+        found.append(torch.stack([x.double() for x in seen], -1))
+    return torch.cat(found, 1)
+
+
+# ---- what a user wrote -------------------------------------------------------------------------
 
 
 def _answers(
     model: Any, given: Answer | Sequence[Answer], n: int, name: str
-) -> list[Int[Tensor, " token"]]:
+) -> list[Int[Tensor, " _"]]:
     """One answer's token ids per prompt."""
-    several = not isinstance(given, str | Tensor) and not all(isinstance(x, int) for x in given)
+    if isinstance(given, Tensor):
+        if given.ndim not in (1, 2):
+            raise TokenError(
+                f"The {name} as a tensor is ids [token], or [prompt, token] with one for each"
+                f" prompt; it has shape {tuple(given.shape)}."
+            )
+        given = list(given) if given.ndim == 2 else given.tolist()
+    several = not isinstance(given, str) and not all(isinstance(x, int) for x in given)
+    if not (isinstance(given, str) or several) and len(given) == n > 1:
+        raise TokenError(
+            f"{given} may be one {name} of {n} tokens, or a token for each of the {n} prompts:"
+            f" give [{list(given)}] * {n} to mean the one, {[[x] for x in given]} the other."
+        )
     answers: list[Any] = list(given) if several else [given] * n
     if len(answers) != n:
         raise TokenError(f"{len(answers)} {name}s were given for {n} prompts: give one for each.")

@@ -17,8 +17,8 @@ from tl_dla.inputs.tokens import token_strings
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tl_dla.analyses.answer import AnswerAttribution
     from tl_dla.analyses.check_model import ModelCheck
-    from tl_dla.analyses.completion import AnswerAttribution
     from tl_dla.datasets.summary import DatasetAttribution
     from tl_dla.effects.audit import Audit
 
@@ -97,7 +97,8 @@ def completion_output(
 ) -> Output:
     """The attribution of one prompt's answer of several tokens, and of its baseline if any."""
     steps = answer.steps
-    total = steps.reconstruction.reconstructed.nansum(-1)
+    total = answer.reconstruction.reconstructed.nansum(-1)
+    sides = [answer.steps, *[answer.baseline_steps] * bool(answer.baselines)]
     texts = ["".join(one.token for one in row) for row in tokens]
     what = "difference of summed logits" if args.incorrect else "sum of logits"
     heading = [
@@ -118,7 +119,7 @@ def completion_output(
                 cumulative=steps.unit == "layer",
             ),
             args.top,
-            [tables.certified(steps.reconstruction, warning, "--audit of one token")],
+            [tables.certified(answer.reconstruction, warning, "--audit of one token")],
         ),
         lambda: {
             "model": args.model,
@@ -131,12 +132,13 @@ def completion_output(
             "steps": [
                 {
                     "tokens": [token.token for token in some],
-                    "attribution": steps.attribution[:, row, : len(some)].tolist(),
-                    "logit": steps.logit[row, : len(some)].tolist(),
+                    "attribution": side.attribution[:, 0, : len(some)].tolist(),
+                    "logit": side.logit[0, : len(some)].tolist(),
                 }
-                for row, some in enumerate(tokens)
+                for side, some in zip(sides, tokens, strict=True)
+                if side is not None
             ],
-            "reconstruction": certificates(steps.reconstruction),
+            "reconstruction": certificates(answer.reconstruction),
         },
         answer.to_dataframe,
         warning=warning,

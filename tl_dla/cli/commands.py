@@ -32,15 +32,17 @@ from tl_dla.inputs.tokens import Prompts, read_prompts, token_strings
 from tl_dla.loading import load_model
 
 if TYPE_CHECKING:
-    from tl_dla.analyses.completion import AnswerAttribution
+    from tl_dla.analyses.answer import AnswerAttribution
 
 
 def attribute(args: argparse.Namespace) -> Output:
     """`tl-dla attribute`."""
     require_writable(args)
     if args.completion is not None:
-        steps = completed(args)
-        return completion_output(steps, predictions(steps.steps), args)
+        answer = completed(args)
+        sides = [answer.steps, answer.baseline_steps]
+        tokens = [predictions(side)[0] for side in sides if side is not None]
+        return completion_output(answer, tokens, args)
     result = attributed(args)
     audit = None
     if args.audit:

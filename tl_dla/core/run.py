@@ -94,17 +94,17 @@ class Run:
         with exact():
             return _result(self, of)
 
+    def part(self, rows: slice, query: Query) -> "Run":
+        """The run of some of the prompts, whose question is `query`."""
+        one = Run(query, self.parts, self.kept.part(rows), self.mean, self.unchecked)
+        one.__dict__["rows"] = self.rows.map(partial(_batch, rows=rows))
+        one.__dict__["readouts"] = self.readouts[rows].clone()
+        return one
+
     def copies(self, n: int, query: Query) -> "list[Run]":
         """The runs of a query that was tiled `n` times, one by one."""
         batch = len(query.prompts.length)
-        found = []
-        for i in range(n):
-            rows = slice(i * batch, (i + 1) * batch)
-            one = Run(query, self.parts, self.kept.part(rows), self.mean, self.unchecked)
-            one.__dict__["rows"] = self.rows.map(partial(_batch, rows=rows))
-            one.__dict__["readouts"] = self.readouts[rows].clone()
-            found.append(one)
-        return found
+        return [self.part(slice(i * batch, (i + 1) * batch), query) for i in range(n)]
 
 
 def _batch(x: Tensor, rows: slice) -> Tensor:

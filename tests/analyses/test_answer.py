@@ -1,0 +1,58 @@
+"""What an answer's attribution shows: tokens across, sums, and the text behind a click."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.support.models import load
+from tests.zoo.build import tokens
+from tl_dla import ArgumentError, attribute_answer, attribute_completion
+
+
+@pytest.fixture(scope="module")
+def found():
+    return attribute_completion(load("gpt2"), tokens(1, 6), [5, 40, 9], unit="head")
+
+
+def test_the_figure_has_the_answers_tokens_across_and_rows_down(found):
+    [heat] = [trace for trace in found.plot(k=100).data if trace.type == "heatmap"]
+    assert list(heat.y) == found.labels
+    assert torch.allclose(torch.tensor(heat.z), found.steps.attribution[:, 0].double(), atol=1e-6)
+    ticks = found.plot().layout.xaxis.ticktext
+    assert [tick.split("<br>")[0] for tick in ticks] == ["w5", "w40", "w9"]
+
+
+def test_a_baseline_is_subtracted_in_the_figure_and_never_averaged_in():
+    found = attribute_answer(load("gpt2"), tokens(1, 6), [5, 40], [7, 20])
+    figure = found.plot(k=100)
+    assert "mean over" not in figure.layout.title.text
+    [bars] = [trace for trace in figure.data if trace.type == "waterfall"]
+    assert list(bars.x[:-1]) == pytest.approx(found.attribution[:, 0].tolist(), abs=1e-6)
+    assert bars.x[-1] == pytest.approx(float(found.logit[0]), abs=1e-6)
+    assert found.steps.plot().data and "of 2 prompts" not in found.steps.plot().layout.title.text
+    assert found.baseline_steps.attribution.shape == (len(found), 1, 2)
+
+
+def test_the_page_holds_every_number_and_loads_nothing(found, tmp_path):
+    page = found.report(tmp_path / "page.html").read_text()
+    data = json.loads(re.search(r"const shown = (.*);\n", page)[1])
+    assert data["tokens"] == ["w5", "w40", "w9"] and len(data["prompt"]) == 6
+    for label, values in zip(data["labels"], data["values"], strict=True):
+        own = found.steps.attribution[found.labels.index(label), 0].tolist()
+        assert values == pytest.approx(own, abs=1e-5)
+    assert len(data["labels"]) == len(found) and data["ranks"] == found.ranks[0].tolist()
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    with pytest.raises(ArgumentError, match="it must name a file"):
+        found.report(tmp_path / "none" / "page.html")
+
+
+def test_the_table_and_the_notebook_say_what_the_model_says(found):
+    table = found.to_dataframe()
+    one = table[table.step == 1]
+    assert set(one["rank"]) == {int(found.ranks[0, 1])}
+    assert one.log_prob.iloc[0] == pytest.approx(float(found.log_probs[0, 1]))
+    html = found._repr_html_()
+    assert f"rank {int(found.ranks[0, 2])}" in html and "rows add up to" in html
+    assert f"{float(found.log_probs.sum()):+9.4f}" in repr(found)
