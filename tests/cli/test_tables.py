@@ -100,7 +100,8 @@ def test_candidates_have_a_column_each(run, folder):
 
 def test_a_completion_is_attributed_token_by_token_and_summed(run, folder):
     given = ["attribute", PROMPT, "--completion", "w8 w9 w4", "--incorrect", "w60 w7"]
-    answer = attribute_answer(load_model(folder), PROMPT, "w8 w9 w4", "w60 w7")
+    with pytest.warns(UserWarning, match="has 3 tokens and its baseline 2"):
+        answer = attribute_answer(load_model(folder), PROMPT, "w8 w9 w4", "w60 w7")
     record = json.loads(run(*given, "--json"))
     assert record["attribution"] == answer.attribution[:, 0].tolist()
     assert record["logit"] == float(answer.logit)
