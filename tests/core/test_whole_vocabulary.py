@@ -26,7 +26,7 @@ def all_logits(model, pos=-1):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("name", either("gpt2", "gemma2", "granite", "ln"))
+@pytest.mark.parametrize("name", either("gpt2", "gptj", "gemma2", "granite", "ln"))
 def test_rows_read_in_parts_are_those_read_at_once_and_the_models_logits(name, unit, monkeypatch):
     model, _ = strong(name)
     with all_in_float64():
@@ -78,6 +78,19 @@ def test_a_candidate_is_held_to_what_rounding_explains_of_it_alone():
     alone = direct_logit_attribution(model, tokens(), candidate_tokens=[7]).reconstruction
     among = direct_logit_attribution(model, tokens(), candidate_tokens="all").reconstruction
     torch.testing.assert_close(among.tolerance[..., 7], alone.tolerance[..., 0], atol=0, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_every_bias_is_left_out_where_biases_are():
+    model = load("gptj")
+    result = direct_logit_attribution(
+        model, tokens(), candidate_tokens="all", include_bias=False, unit="layer"
+    )
+    whole = direct_logit_attribution(model, tokens(), candidate_tokens="all")
+    assert whole.labels[-2:] == ["ln_final.b", "b_U"] and result.labels[-1] == "final_post"
+    torch.testing.assert_close(
+        result.logit, whole.logit - whole.attribution[-2:].sum(0), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.usefixtures("in_parts")

@@ -60,6 +60,7 @@ def test_rows_are_those_that_were_published(case):
     assert not misses(case, model)
 
 
+@of_4
 def test_a_value_that_is_not_ours_is_a_miss():
     """The same on the bundled model, whose rows are read by TransformerLens's own method."""
     model = load_model("demo")

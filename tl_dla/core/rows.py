@@ -124,7 +124,11 @@ class Rows:
         fields = ("value", "parts", "abs_sum", "readout_norm")
         return Rows(
             _joined([part.groups for part in parts]),
-            _joined([part.constants for part in parts]),
+            [
+                RowGroup.one(key, value)
+                for group in _joined([part.constants for part in parts])
+                for key, value in zip(group.keys, group.values, strict=True)
+            ],
             **{name: torch.cat([getattr(part, name) for part in parts], -1) for name in sizes},
             checks=[
                 replace(
