@@ -279,6 +279,15 @@ def test_the_text_shows_the_rows_that_matter_the_total_and_the_certificate(one):
     assert len(lines) == 18
 
 
+def test_the_tables_rows_are_those_of_top_by_magnitude_in_its_order(ragged):
+    """Also of a batch: ordered by what is shown, the mean."""
+    shown = [line.split() for line in repr(ragged).splitlines()[2:14]]
+    ranked = ragged.top(12, by="magnitude")
+    assert [(label, value) for label, value in shown] == [(x, f"{v:+.4f}") for x, v in ranked]
+    cells = ragged._repr_html_().split('<th scope="row"')[1:13]
+    assert [cell.split("</th>")[0].rpartition(">")[2] for cell in cells] == [x for x, _ in ranked]
+
+
 def test_the_text_of_a_batch_says_that_it_averages(ragged):
     text = repr(ragged)
     assert "mean over prompts and positions" in text

@@ -35,7 +35,9 @@ from tl_dla.analyses.cross_terms import (
 )
 from tl_dla.core.certificate import Check, Reconstruction, require_check
 from tl_dla.core.decomposition import B_U, LN_FINAL_B
-from tl_dla.core.result import Attribution, require_result, rows_to_rank
+from tl_dla.core.labelled import require_result
+from tl_dla.core.ranking import rows_to_rank
+from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of

@@ -35,7 +35,8 @@ from tl_dla.analyses.pattern_kinds import (
 )
 from tl_dla.analyses.score_reasons import reasons
 from tl_dla.core.certificate import Reconstruction
-from tl_dla.core.result import Attribution, require_heads
+from tl_dla.core.labelled import require_heads
+from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, again
 from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from tl_dla.core.certificate import Check, Wanted
 from tl_dla.core.decomposition import Decomposition, of_query
+from tl_dla.core.labelled import require_result
 from tl_dla.core.numbers import Hop
 from tl_dla.core.readout import Readout
-from tl_dla.core.result import Attribution, require_input, require_result
+from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.rows import RowKey, ScaledKept
 from tl_dla.core.run import direct_unit, require_same
 from tl_dla.core.sources import SourceSplit

@@ -33,13 +33,18 @@ def rows_to_rank(kinds: Sequence[Kind], kind: Kind | None, k: int, by: str) -> l
     return rows
 
 
+def order(means: Float[Tensor, " row"], k: int, by: By, *, largest: bool = True) -> list[int]:
+    """The k highest rows, or the lowest, best first."""
+    key = means if by == "value" else means.abs()
+    return key.argsort(descending=largest, stable=True)[:k].tolist()
+
+
 def ranked(
     values: Float[Tensor, "row ..."], labels: Sequence[str], k: int, by: By, *, largest: bool
 ) -> list[tuple[str, float]]:
     """The k highest rows, or the lowest, as `(label, mean value)`; NaN is left out of the mean."""
     means = values.reshape(len(labels), -1).nanmean(1).cpu()
-    order = (means if by == "value" else means.abs()).argsort(descending=largest, stable=True)
-    return [(labels[i], float(means[i])) for i in order[:k].tolist()]
+    return [(labels[i], float(means[i])) for i in order(means, k, by, largest=largest)]
 
 
 def loudest(

@@ -1,8 +1,7 @@
 """`Attribution`: rows, labels, the model's own logit and the certificate. No activations."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,21 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core import saved, tidy
-from tl_dla.core.certificate import Check, Reconstruction, Wanted, certify
+from tl_dla.core.certificate import Check, Wanted, certify
 from tl_dla.core.choice import Average, Choice, read_choice
 from tl_dla.core.files import aside
-from tl_dla.core.numbers import Hop, Numbers, Subject, compact
+from tl_dla.core.labelled import LabelledRows, require_result
+from tl_dla.core.numbers import Hop, Numbers, compact
 from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
-from tl_dla.core.rows import RowKey, Rows
+from tl_dla.core.rows import Rows
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.absent import AbsentModel, name_of, require_alike
+from tl_dla.inputs.absent import name_of, require_alike
 from tl_dla.inputs.models import require_model
-from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
-from tl_dla.inputs.targets import Targets
-from tl_dla.inputs.tokens import Prompts
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
@@ -37,42 +34,12 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Attribution:
+class Attribution(LabelledRows):
     """What each part of the model wrote to a logit, in logits.
 
-    Attributes:
-        values: every row with all its axes, `[row, batch, pos, candidate]`; `attribution` is the
-            view of it with the axes that were asked for.
-        keys: what each row is.
-        unit: the unit asked for.
-        reconstruction: the certificate that the rows add up to the model's own logit.
-        query: the question: model, prompts, positions, targets.
-        selection: which rows are split.
-        numbers: the same token by token, before the tokens are added up.
-        hops: the heads and source tokens whose row the rows split, in a result of
-            `attribute_path`; `logit` is then what the last of them moved.
-        subject: what the rows add up to where it is no logit, as in `attribute_attention`.
-        mean_over: what the values are the mean over, in words, in a result of `mean`.
+    See `LabelledRows` for its fields: `attribution`, `labels`, `kinds`, `logit`, `reconstruction`,
+    `result["L9H9"]`.
     """
-
-    values: Float[Tensor, "row batch pos candidate"]
-    keys: list[RowKey]
-    unit: Unit | Literal["input"]
-    reconstruction: Reconstruction
-    query: Query
-    selection: Selection
-    numbers: Numbers = field(repr=False)
-    hops: tuple[Hop, ...] = ()
-    subject: Subject | None = None
-    mean_over: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.keys) != len(self.values):
-            raise ArgumentError(
-                f"Every row needs a key; {len(self.values)} rows and {len(self.keys)} keys were"
-                " given."
-            )
 
     @classmethod
     def of(
@@ -107,144 +74,6 @@ class Attribution:
             reconstruction = replace(reconstruction, claim=claim)
         numbers = numbers.map(compact, compact)
         return cls(values, rows.keys, unit, reconstruction, query, selection, numbers, hops)
-
-    # ---- what it is ----------------------------------------------------------------------------
-
-    @cached_property
-    def attribution(self) -> Float[Tensor, " row *batch_and_pos"]:
-        """`[row, *batch_and_pos]`, with a last axis `candidate` for `candidate_tokens`.
-
-        NaN where a prompt has no such position.
-        """
-        return self.query.shaped(self.values)
-
-    @property
-    def logit(self) -> Float[Tensor, "*batch_and_pos"]:
-        """What the rows add up to: the model's own logit, or logit difference."""
-        return self.reconstruction.expected
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """The rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`)."""
-        return [key.label for key in self.keys]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is: `embed`, `attn`, `mlp`, `head`, `neuron`, `bias`, `rest`, …."""
-        return [key.kind for key in self.keys]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """Each row's layer, None for rows of no layer."""
-        return [key.layer for key in self.keys]
-
-    @property
-    def sources(self) -> list[int | None]:
-        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
-        return [key.source for key in self.keys]
-
-    @property
-    def path(self) -> tuple[str, ...]:
-        """The source rows that the rows split, in a result of `attribute_path`."""
-        return tuple(hop.label for hop in self.hops)
-
-    @property
-    def model(self) -> Any:
-        """The model attributed."""
-        return self.query.model
-
-    @property
-    def prompts(self) -> Prompts:
-        """The prompts, as tokens."""
-        return self.query.prompts
-
-    @property
-    def positions(self) -> Positions:
-        """The positions attributed."""
-        return self.query.positions
-
-    @property
-    def targets(self) -> Targets:
-        """The target tokens, and how their logits are added up."""
-        return self.query.targets
-
-    @property
-    def include_bias(self) -> bool:
-        """Whether `ln_final.b` and `b_U` are rows."""
-        return self.query.include_bias
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether the prompts' tokens are known; a cache may have come without them."""
-        return self.query.has_tokens
-
-    @property
-    def alone(self) -> str:
-        """Why the model was not, or cannot be, run for more than these rows; empty where it can."""
-        if self.mean_over:
-            return f"A mean over {self.mean_over}"
-        if isinstance(self.model, AbsentModel):
-            return "Without its model"
-        return "" if self.numbers.ran else "Made from a cache"
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
-        """One row, by its label."""
-        return self.attribution[self.index(label)]
-
-    def index(self, label: str) -> int:
-        """Where a row is."""
-        if label not in self.labels:
-            raise KeyError(
-                f'No row {label!r} in a unit="{self.unit}" result; the rows are'
-                f" {', '.join(self.labels[:4])}, …, {self.labels[-1]}."
-            )
-        return self.labels.index(label)
-
-    @property
-    def heads(self) -> Float[Tensor, "layer head *batch_and_pos"]:
-        """The head rows by layer and head; 0 where a layer has fewer heads or none.
-
-        Raises:
-            ArgumentError: where the result has no head rows.
-        """
-        require_heads(self)
-        found = [
-            (i, key.layer, key.index)
-            for i, key in enumerate(self.keys)
-            if key.kind == "head" and key.layer is not None and key.index is not None
-        ]
-        rows, layers, heads = map(list, zip(*found, strict=True))
-        shape = (len(self.model.blocks), max(heads) + 1, *self.attribution.shape[1:])
-        grid = self.attribution.new_zeros(shape)
-        grid[layers, heads] = self.attribution[rows]
-        return grid
-
-    @property
-    def target(self) -> str:
-        """What is attributed, in words: `' Paris' − ' London'`."""
-        return tidy.target_words(self.query) if self.subject is None else self.subject.target
-
-    @property
-    def total(self) -> str:
-        """What the rows add up to, in words."""
-        if self.hops:
-            return f"row {self.path[-1]}"
-        if self.subject is not None:
-            return self.subject.total
-        return "model's own logit" if self.include_bias else "logit without biases"
-
-    @property
-    def what(self) -> str:
-        """What the rows are parts of, in a word: a `logit`."""
-        return "logit" if self.subject is None else self.subject.what
-
-    @property
-    def units(self) -> str:
-        """What the rows are in: `logits`."""
-        return "logits" if self.subject is None else self.subject.units
 
     # ---- ranking -------------------------------------------------------------------------------
 
@@ -408,29 +237,6 @@ class Attribution:
         """What is pickled and copied: the fields, and nothing that is computed from them."""
         return {own.name: getattr(self, own.name) for own in dataclasses.fields(self)}
 
-    # ---- candidates ----------------------------------------------------------------------------
-
-    @property
-    def common(self) -> Float[Tensor, "row ..."]:
-        """The part of each row that all candidates share: its mean over them.
-
-        Raises:
-            ArgumentError: for a result without candidates.
-        """
-        if self.targets.candidates is None:
-            raise ArgumentError("Only a result over candidate_tokens has a part that they share.")
-        return self.attribution.mean(-1)
-
-    @property
-    def contrast(self) -> Float[Tensor, "row ... candidate"]:
-        """What each row says of each candidate and not of all: the row less `common`."""
-        return self.attribution - self.common[..., None]
-
-    @property
-    def contrast_values(self) -> Float[Tensor, "row batch pos candidate"]:
-        """`contrast` with all its axes."""
-        return self.query.with_axes(self.contrast)
-
     # ---- tables, text, pictures ----------------------------------------------------------------
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -543,24 +349,6 @@ class Attribution:
         """The result itself, once a failed certificate was raised or warned of."""
         self.reconstruction.raise_or_warn(check, cause)
         return self
-
-
-def require_result(result: Any) -> None:
-    """Raise `ArgumentError` unless it is a result."""
-    if not isinstance(result, Attribution):
-        raise ArgumentError(
-            f"The result must be one of direct_logit_attribution; a {type(result).__name__} was"
-            " given."
-        )
-
-
-def require_heads(result: Attribution) -> None:
-    """Raise unless the result has head rows."""
-    require_result(result)
-    if "head" not in result.kinds:
-        raise ArgumentError(
-            f'A unit="{result.unit}" result has no head rows: attribute with unit="head".'
-        )
 
 
 def require_input(result: Attribution) -> None:

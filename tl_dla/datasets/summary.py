@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.ranking import rows_to_rank
+from tl_dla.core.ranking import order, rows_to_rank
 from tl_dla.datasets.shards import RowNames, Shard
 from tl_dla.datasets.statistics import RowStatistics, Sums
 from tl_dla.errors import ArgumentError
@@ -140,10 +140,8 @@ class DatasetAttribution:
             ArgumentError: for an unknown kind or ranking.
         """
         rows = rows_to_rank(self.kinds, kind, k, by)
-        means = self.rows.mean[rows]
-        key = means.abs() if by == "magnitude" else means
-        order = key.argsort(descending=largest, stable=True)[:k].tolist()
-        return [self._summary(rows[i]) for i in order]
+        found = order(self.rows.mean[rows], k, by, largest=largest)
+        return [self._summary(rows[i]) for i in found]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: one line per group × row, and one of the model's own logit (difference).

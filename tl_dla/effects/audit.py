@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.result import Attribution, require_input, require_result
+from tl_dla.core.labelled import require_result
+from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.run import CAUSE, direct_unit
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.erasure import Erasures, erasures

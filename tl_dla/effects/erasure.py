@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.result import Attribution, require_result
+from tl_dla.core.labelled import require_result
+from tl_dla.core.result import Attribution
 from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
 from tl_dla.errors import ArgumentError

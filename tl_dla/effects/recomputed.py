@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B, of_query
-from tl_dla.core.result import Attribution, require_result
+from tl_dla.core.labelled import require_result
+from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import recomputed_tolerance
 from tl_dla.core.rows import RowKey
 from tl_dla.core.run import again

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.ranking import ranked
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.effects.interventions import Group, ablate, added_up, name_groups
@@ -99,9 +100,7 @@ class SelfRepair:
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The k rows that change most, as `(label, mean change)`, largest first."""
-        means = self.change.reshape(len(self.labels), -1).nanmean(1)
-        order = means.abs().argsort(descending=True)[:k].tolist()
-        return [(self.labels[i], float(means[i])) for i in order]
+        return ranked(self.change, self.labels, k, "magnitude", largest=True)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One line per part, as means over prompts and positions.

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.result import Attribution, require_result
+from tl_dla.core.labelled import require_result
+from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, again
 from tl_dla.inputs.selection import Selection
 
