@@ -1,5 +1,6 @@
 """`run` and `again`: one question, asked once or once more, whoever else uses the model."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -146,6 +147,19 @@ def test_ablated_prompts_run_in_parts_where_their_logits_would_not_fit(name, mon
             torch.testing.assert_close(
                 parts[label].attribution, one.attribution, atol=1e-5, rtol=1e-4
             )
+
+
+def test_a_long_call_shows_how_far_it_is(monkeypatch, capsys):
+    model, rows = load("gpt2"), tokens(5, 9)
+    direct_logit_attribution(model, rows, 5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(run, "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(run, "SHOWN_AFTER", 600)
+    direct_logit_attribution(model, rows, 5)
+    assert capsys.readouterr().err == ""  # what is quick says nothing
+    monkeypatch.setattr(run, "SHOWN_AFTER", 0)
+    direct_logit_attribution(model, rows, 5)
+    assert re.search(r"prompts:.* 5/5 ", capsys.readouterr().err)
 
 
 # ---- precision ---------------------------------------------------------------------------------

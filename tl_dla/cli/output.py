@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from tl_dla.cli.messages import tell
+from tl_dla.core.files import aside
 from tl_dla.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Output:
         if self.warning and form != "table":
             tell(f"warning: {self.warning}")
         if args.out is not None:
-            _replace(Path(args.out), self._content(form, args.command))
+            content = self._content(form, args.command)
+            with aside(Path(args.out)) as file:
+                file.write_bytes(content)
             return self.code
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack the bars' characters
@@ -101,20 +103,6 @@ def _form(args: argparse.Namespace) -> str:
             " or .txt for the table."
         )
     return _FORMS[suffix]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it: a full disk leaves what was there, and nothing half."""
-    path = path.resolve()
-    if path.exists() and not path.is_file():  # /dev/null, a pipe
-        path.write_bytes(content)
-        return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_dla.core.certificate import Wanted
 from tl_dla.core.decomposition import Decomposition, logit_readout, of_query
@@ -39,6 +40,8 @@ CAUSE = (
 )
 _TOKENS_AT_ONCE = 1024  # target tokens whose directions are pulled back at once
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in float32; more prompts than that are run in parts
+
+SHOWN_AFTER = 5.0  # seconds, of which no bar is drawn
 
 Within = Callable[[slice], AbstractContextManager[None]]
 TapsOf = Callable[[slice], Sequence[Tap]]
@@ -163,7 +166,8 @@ def run(
     if cache is not None:
         return Run(query, whole, read([*whole.taps, *everything]), mean, unchecked)
     some, used = [], [[*whole.taps, *everything]]
-    for rows in parts:
+    alone = len(parts) > 1 and within is None  # runs of an edited model have a bar of their own
+    for rows in tqdm(parts, "prompts", delay=SHOWN_AFTER, leave=False, disable=not alone):
         part, mine = query.part(rows), whole
         if len(parts) > 1:
             mine = of_query(

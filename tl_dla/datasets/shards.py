@@ -36,10 +36,8 @@ import json
 import os
 import re
 import time
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -49,6 +47,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.files import aside
 from tl_dla.datasets.manifest import FORMAT, digest, read_manifest, require_same
 from tl_dla.errors import OutputFolderError
 from tl_dla.model.stream import Kind
@@ -283,7 +282,7 @@ def write_shard(path: Path, shard: Shard, about: dict[str, Any]) -> None:
     columns["rest"] = [None if x.rest is None else list(x.rest.values()) for x in lines]
     about = {**about, "content": _content(lines, about)}
     table = pa.Table.from_pydict(columns, schema=_schema(about))
-    with _aside(path) as temporary:
+    with aside(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
 
 
@@ -341,22 +340,6 @@ def _content(lines: list[Line], about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file to write that becomes `path` once its bytes are on the disk, and leaves nothing else.
-
-    Its name is its own, so that several runs can write the same file at once.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(path: Path, text: str) -> None:
-    with _aside(path) as temporary:
+    with aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

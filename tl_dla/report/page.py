@@ -15,9 +15,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
+from tqdm.auto import tqdm
 
 from tl_dla.core.files import aside
 from tl_dla.core.result import Attribution
+from tl_dla.core.run import SHOWN_AFTER
 from tl_dla.core.view import view_of
 from tl_dla.effects.audit import Audit
 from tl_dla.errors import ArgumentError, UnsupportedModelError
@@ -127,7 +129,8 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
     prompt = shown.prompt % n_prompts
     by_unit = cache(partial(of_unit, result))  # the model runs once a unit
     places, figures = held_places(result, prompt), Figures()
-    drawn = sections(result, by_unit, places, shown, figures)
+    with tqdm(desc="report", unit=" sections", delay=SHOWN_AFTER, leave=False) as bar:
+        drawn = sections(result, by_unit, places, shown, figures, bar.update)
     audit = None if shown.audit is None else fragments.audited(shown.audit)
     pictured = None if shown.audit is None else figures.audit(shown.audit)
     data = evidence(result, _other_parts(result, by_unit), prompt, shown.audit)

@@ -190,6 +190,7 @@ def sections(
     places: Sequence[Place],
     shown: Shown,
     figures: Figures,
+    done: Callable[[], object],
 ) -> list[Section]:
     """The sections with figures, or in place of one the sentence why the model has none.
 
@@ -199,6 +200,7 @@ def sections(
         places: what the page holds, the shown prompt's first.
         shown: how many heads of each sign are shown with their attention, and how.
         figures: where the figures go.
+        done: told of each section when it is made.
     """
     prompts = list(dict.fromkeys(place.prompt for place in places))
     chosen = choices(result, places)
@@ -208,6 +210,8 @@ def sections(
             return Section(title, text, **body())
         except UnsupportedModelError as error:
             return Section(title, text, refusal=str(error))
+        finally:
+            done()
 
     def of(unit: Unit) -> dict[str, Any]:
         return _drawn(by_unit(unit), chosen, figures)
