@@ -69,6 +69,8 @@ def test_it_shows_what_it_showed(name, how, tmp_path):
     assert type(again) is type(result)
     assert shown(again) == shown(result)
     assert again.keys == result.keys and again.selection == result.selection
+    if "head" in result.kinds:
+        assert_close(again.heads, result.heads, atol=0, rtol=0, equal_nan=True)
     for own, other in zip(vars(result.numbers).values(), vars(again.numbers).values(), strict=True):
         assert own is other or torch.equal(own, other)
     assert shown(kept(how, again, tmp_path)) == shown(result)  # kept once more, without a model
@@ -93,6 +95,15 @@ def test_letters_of_several_tokens_are_kept_too():
     again = pickle.loads(pickle.dumps(result))
     assert prompt_tokens(again, 0) == prompt_tokens(result, 0)
     assert "⟨C3⟩" in prompt_tokens(again, 0) and shown(again) == shown(result)
+
+
+@pytest.mark.parametrize("how", ["mean", "pickle"])
+def test_the_report_shows_what_is_known_and_says_that_nothing_was_run(how, tmp_path):
+    result = direct_logit_attribution(load("gpt2"), TEXTS[:2], [5, 9], 7, unit="head")
+    known = result.mean() if how == "mean" else kept(how, result, tmp_path)
+    page = known.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    why = "A mean over 2 prompts" if how == "mean" else "Without its model"
+    assert f"{why}: nothing else was run." in page and "GPT2LMHeadModel · 3 layers" in page
 
 
 def test_a_copy_has_the_same_model():
