@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.support.models import either, load
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import attribute_path, direct_logit_attribution
+from tl_dla import attribute_inputs, attribute_path, direct_logit_attribution
 from tl_dla.effects.interventions import ablate
 from tl_dla.errors import ArgumentError
 
@@ -83,6 +83,17 @@ def test_what_is_chosen_is_run_again_as_itself():
     alone = attribute_path(part, "L1H2", 1)
     assert path.select(prompt=1).path == alone.path == ("L1H2←1",)
     assert_close(path.select(prompt=1).attribution, alone.attribution, atol=2e-6, rtol=0)
+
+
+def test_what_the_stream_holds_of_each_token_is_chosen_too():
+    model = load("gpt2")
+    whole = attribute_inputs(model, TEXTS, [5, 9, 11], 7, pos=[0, -1], progress=False)
+    part = whole.select(prompt=1, position=-1)
+    own = attribute_inputs(model, TEXTS[1], 9, 7, progress=False)
+    assert part.labels == own.labels and part.points == own.points
+    assert_close(part.attribution, own.attribution, atol=2e-6, rtol=0)
+    assert_close(part.flow[..., :3], own.flow, atol=5e-6, rtol=0)
+    assert not part.flow[..., 3:].any()  # tokens of longer prompts
 
 
 def test_a_rest_row_is_told_of_only_where_it_is():
