@@ -44,7 +44,7 @@ def held_places(result: Attribution, shown: int) -> list[Place]:
     """The places that the page holds: of the shown prompt first, the last position first."""
     every = [Place(b, p) for b, p in result.positions.valid.nonzero().tolist()]
     every.sort(key=lambda place: (place.prompt != shown, place.prompt, -place.column))
-    heads = len(result.model.blocks) * max(1, result.model.cfg.n_heads)
+    heads = result.model.cfg.n_layers * max(1, result.model.cfg.n_heads)
     tokens = result.values.shape[3] * int(result.prompts.length.max())
     size = heads * (tokens + 4 * _N_TOKENS)  # what a head moves; tokens with their values, twice
     return every[: max(1, min(_MOST_PLACES, _MOST_NUMBERS // size))]
