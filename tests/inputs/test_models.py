@@ -75,6 +75,20 @@ def test_tokens_go_to_where_offloaded_weights_are_brought():
     assert offloaded(prompts.packed).equal(load("gpt2")(tokens()))
 
 
+@pytest.mark.parametrize("unit", ["component", "head", "neuron", "source"])
+def test_offloaded_weights_give_what_they_give_at_hand(unit):
+    from accelerate import cpu_offload
+
+    hf_model = hf_reference("gpt2")
+    cpu_offload(hf_model, torch.device("cpu"))
+    found, expected = (
+        direct_logit_attribution(model, tokens(), 5, 7, unit=unit, pos=None)
+        for model in (wrapped(hf_model), load("gpt2"))
+    )
+    assert found.reconstruction.passed
+    torch.testing.assert_close(found.attribution, expected.attribution, atol=1e-6, rtol=1e-5)
+
+
 def wrapped(hf_model):
     """A bridge around the module as it stands."""
     from transformer_lens.model_bridge import TransformerBridge

@@ -27,9 +27,10 @@ def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, 
 
 
 def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
-    """W_U, dequantised where the model keeps it quantised."""
+    """W_U, dequantised where it is kept quantised, brought back where it is offloaded."""
     inner = unwrap(model.unembed)
-    if is_quantised(getattr(inner, "weight", None)):
+    stored = getattr(inner, "weight", None)
+    if isinstance(stored, Tensor) and (stored.is_meta or is_quantised(stored)):
         weight = parameter(inner, "weight")
         assert weight is not None
         return weight.mT
