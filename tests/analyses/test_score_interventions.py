@@ -15,11 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tl_dla.demo
-from tests.support.models import of_4
 from tl_dla import attribute_attention, load_model
 from tl_dla.demo import corpus
-
-pytestmark = of_4  # a HookedTransformer's scores are not read
 
 LAYER, N_HEADS, D_HEAD = 3, 4, 32
 HEADS = [f"L{layer}H{head}" for layer in range(LAYER) for head in range(N_HEADS)]

@@ -12,8 +12,6 @@ from tests.zoo.build import boot
 from tl_dla import attribute_attention, load_model
 from tl_dla.errors import ArgumentError
 
-pytestmark = of_4  # a HookedTransformer's scores are not read
-
 PROMPTS = [
     "When John and Mary went to the shops, John gave the bag to",
     "When Mary and John went to the shops, Mary gave the bag to",
@@ -122,6 +120,7 @@ def test_it_copies_and_pickles(one):
     assert torch.equal(copy.copy(one).pairs, one.pairs)
 
 
+@of_4
 def test_without_tokens_positions_stand_for_them():
     model = boot("gpt2")
     _, cache = model.run_with_cache(torch.tensor([[5, 6, 7, 8]]))

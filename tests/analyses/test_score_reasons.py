@@ -13,7 +13,7 @@ from tl_dla import (
 )
 from tl_dla.cli import main
 
-pytestmark = of_4  # a HookedTransformer's scores are not read
+pytestmark = of_4
 
 PROMPTS = [
     "When John and Mary went to the shops, John gave the bag to",

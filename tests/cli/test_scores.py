@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from tests.cli.test_refusals import assert_one_line
-from tests.support.models import of_4
 from tests.zoo.build import build
 from tl_dla import attribute_attention
 from tl_dla.loading import load_model
-
-pytestmark = of_4  # a HookedTransformer's scores are not read
 
 PROMPT = "w5 w60 w7 w42 w8"
 IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which models prepend

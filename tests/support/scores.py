@@ -63,8 +63,7 @@ def score_reference(
             inside = "Norm" in type(module).__name__ and not list(module.children())
             if inside and module not in layers_of(model)[layer].children():
                 trace._replace_output(module, partial(_frozen, trace, module))
-        patterns = [x for x in model(tokens, output_attentions=True).attentions if x is not None]
-        pattern = patterns[_attention_layers(model).index(layer)][:, index, query]
+        pattern = _pattern(model, tokens, layer)[:, index, query]
         score = pattern[:, keys[0]].log() - pattern[:, keys[1]].log()
         writes = [write for write in trace.writes if not write.label.startswith("qk")]
         gradients = torch.autograd.grad(
@@ -98,6 +97,20 @@ def score_reference(
     )
     both = {label: pair.detach() for label, pair in both.items()}
     return ScoreReference(score.detach(), query_rows, key_rows, both)
+
+
+def _pattern(model: nn.Module, tokens: Tensor, layer: int) -> Tensor:
+    """As the model returns it; a HookedTransformer, as it leaves its softmax."""
+    if not hasattr(model, "config"):
+        kept: list[Tensor] = []
+        hook = model.blocks[layer].attn.hook_pattern.register_forward_hook(
+            lambda _module, _args, pattern: kept.append(pattern)
+        )
+        model(tokens)
+        hook.remove()
+        return kept[0]
+    patterns = [x for x in model(tokens, output_attentions=True).attentions if x is not None]
+    return patterns[_attention_layers(model).index(layer)]
 
 
 def _attention_layers(model: nn.Module) -> list[int]:

@@ -77,7 +77,8 @@ def attribute_attention(
     """Split a head's preference for one token over another into who wrote its query and its keys.
 
     Args:
-        model: a `TransformerBridge`, in evaluation mode.
+        model: a `TransformerBridge`, or a `HookedTransformer` whose positions are in the stream
+            (GPT-2's are; rotary ones and ALiBi are not read there), in evaluation mode.
         input: a prompt, a list of prompts, or token ids, as in `direct_logit_attribution`; None
             for those of a cache.
         head: such as `"L3H0"`.
@@ -177,7 +178,7 @@ class Score:
         steps, self.norm = below(reader, reader.stream().steps, layer)
         identity = Readout.identity(reader.model.W_U.new_empty(reader.model.cfg.d_model, 0))
         self.parts = Decomposition(reader, steps, identity, [], unit, Selection(), whole=False)
-        self.x = Tap(qk.site, upcast)
+        self.x = Tap(qk.site, upcast if qk.site.argument is None else self._taken)
         self.pattern = Tap(qk.pattern, upcast, keys=True, heads_first=True)
         self.taps = [*self.parts.taps, self.x, self.pattern]
         self.scale = self._tap(None if self.norm is None else self.norm.site, self._scale)
@@ -197,6 +198,9 @@ class Score:
             return None
         self.taps.append(Tap(site, read, **how))
         return self.taps[-1]
+
+    def _taken(self, x: Tensor) -> Tensor:
+        return upcast(self.query.positions.take(x))
 
     def _scale(self, seen: Tensor) -> Tensor:
         assert self.norm is not None

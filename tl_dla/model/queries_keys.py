@@ -111,7 +111,7 @@ class QueriesAndKeysReader:
         if attn is None or self.hooks.site(f"blocks.{layer}.hook_attn_out") is None:
             raise self._refusal(f"blocks.{layer} of {{}} has no attention")
         if not self.hooks.is_bridge:
-            raise self._refusal(f"{at} of {{}} is a HookedTransformer's, which is not read yet")
+            return self._hooked(layer, at, attn)
         inner = unwrap(attn)
         self._refuse(at, attn, inner)
         d_head = int(getattr(inner, "head_dim", None) or self.model.cfg.d_head)
@@ -144,6 +144,49 @@ class QueriesAndKeysReader:
             parameter(inner, "sinks"),
             pattern,
             _in_float32(inner),
+        )
+
+    def _hooked(self, layer: int, at: str, attn: Any) -> QueriesAndKeys:
+        """Of a HookedTransformer whose positions are in the stream."""
+        cfg = self.model.cfg
+
+        def has(*names: str) -> bool:
+            return any(bool(getattr(cfg, name, None)) for name in names)
+
+        why = {
+            "has positions elsewhere than in the stream": cfg.positional_embedding_type
+            != "standard",
+            "is given an input for each head": has("use_split_qkv_input", "use_attn_in"),
+            "changes its queries after W_Q": has("use_qk_norm", "clip_qkv", "use_logn_attn")
+            or getattr(attn, "q_norm", None) is not None,
+            "keeps its weights in 4 bits": has("load_in_4bit"),
+        }
+        for reason, holds in why.items():
+            if holds:
+                raise self._refusal(f"{at} of {{}}, a HookedTransformer, {reason}")
+        pattern = self.hooks.site(f"{at}.hook_pattern")
+        assert pattern is not None
+        query, key = (
+            Projection(
+                (Linear(getattr(attn, f"W_{side}").detach(), getattr(attn, f"b_{side}").detach()),)
+            )
+            for side in "QK"
+        )
+        return QueriesAndKeys(
+            layer,
+            self.norms.attention_norm(layer),
+            Site(at, attn, True, "query_input"),
+            1.0,
+            query,
+            key,
+            None,
+            1.0 / float(attn.attn_scale),
+            _native_cap(cfg),
+            (),
+            None,
+            parameter(attn, "sinks"),
+            pattern,
+            False,
         )
 
     def _refuse(self, at: str, attn: Any, inner: Any) -> None:
