@@ -11,6 +11,7 @@ PROMPT = "w5 w6"
 MODEL = {
     "attribute_answer": (PROMPT, "w7"),
     "attribute_attention": (PROMPT, "L1H0"),
+    "attribute_completion": (PROMPT, "w7"),
     "attribute_dataset": ([{"prompt": PROMPT, "answer": "w7"}],),
     "attribute_inputs": (PROMPT, "w7"),
     "check_model": (PROMPT,),
