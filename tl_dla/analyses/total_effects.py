@@ -11,7 +11,9 @@ The activation c at a place, times what the logit feels there, g, at each token'
               patching against zero (Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching)
 
 Both estimate what setting c to zero does to the logit, in logits; neither is that. Which one comes
-nearer depends on the part: see `docs/prediction.md`. Effects are no parts of a sum: what a head
+nearer depends on the part. Correlation with zero ablation, over 24 prompts of Gemma 3 and SmolLM2:
+heads 0.82 and 0.65 by the tangent, 0.48 and 0.40 frozen; MLPs 0.67 and 0.61 frozen, 0.28 and 0.34
+by the tangent (`docs/prediction.md`). Effects are no parts of a sum: what a head
 writes passes through later MLPs, whose effects hold it again.
 """
 

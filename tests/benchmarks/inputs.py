@@ -1,0 +1,113 @@
+"""What `attribute_inputs` costs, beside a forward and a backward pass of the same model.
+
+    python -m tests.benchmarks.inputs                    batch 4 × 256, last position
+    python -m tests.benchmarks.inputs --growth           how it grows with positions and layers
+
+A backward pass by autograd, to every parameter as in training, and to the embeddings alone; times
+are medians of runs that alternate. Peak memory is that of a process of its own above the loaded
+model.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.growth import slope
+from tests.benchmarks.memory import _high_water_mark
+from tests.benchmarks.models import MODELS, boot, random_gpt2
+from tests.benchmarks.timing import inputs, medians
+from tl_dla import attribute_inputs
+
+BATCH, TOKENS = 4, 256
+WAYS = ("ours", "backward", "to_embeddings")
+
+
+def calls(model: Any, data: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Each way to what the tokens did to the logit difference at the last position."""
+    tokens, rows = data["tokens"], torch.arange(len(data["tokens"]))
+
+    def autograd(to_parameters: bool) -> None:
+        model.requires_grad_(to_parameters)
+        hook = (
+            "hook_embed",
+            lambda x, hook: x if x.requires_grad else x.requires_grad_(True),
+        )
+        with torch.enable_grad(), model.hooks(fwd_hooks=[hook]):
+            last = model(tokens)[:, -1]
+            difference = last[rows, data["answer"]] - last[rows, data["incorrect"]]
+            difference.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return {
+        "ours": lambda: attribute_inputs(model, tokens, data["answer"], data["incorrect"]),
+        "backward": lambda: autograd(True),
+        "to_embeddings": lambda: autograd(False),
+    }
+
+
+def peak(name: str, way: str) -> float | None:
+    """Peak memory in MB above the loaded model, in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.inputs", "--model", name, "--peak", way]
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = os.environ | freed | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return float(done.stdout.split()[-1]) if done.stdout.split() else None
+
+
+def _print_peak(name: str, way: str) -> None:
+    model = boot(name)
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return
+    calls(model, inputs(model, 1, 8))[way]()
+    reset.write_text("5")
+    before = _high_water_mark()
+    calls(model, inputs(model, BATCH, TOKENS))[way]()
+    print(_high_water_mark() - before)
+
+
+def growth(runs: int) -> None:
+    """Seconds at each size, and the exponent with which they grow."""
+    sizes = {"positions": [64, 128, 256, 512], "layers": [4, 8, 16]}
+    for what, values in sizes.items():
+        times = []
+        for value in values:
+            size = {"positions": 128, "layers": 8} | {what: value}
+            shape = dict(n_layer=size["layers"], n_head=8, n_embd=512, vocab_size=4000)
+            model = random_gpt2(**shape)
+            data = inputs(model, 2, size["positions"])
+            times.append(medians(runs, run=calls(model, data)["ours"])["run"])
+        shown = ", ".join(f"{time:.2f} s" for time in times)
+        print(f"{what} {values}: {shown}; grows as n^{slope(values, times):.2f}")
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="both by default")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return _print_peak(args.model, args.peak)
+    if args.growth:
+        return growth(args.runs)
+    for name in [args.model] if args.model else MODELS:
+        model = boot(name)
+        times = medians(args.runs, **calls(model, inputs(model, BATCH, TOKENS)))
+        peaks = {way: peak(name, way) for way in WAYS}
+        for way in WAYS:
+            memory = "" if peaks[way] is None else f", peak {peaks[way]:.0f} MB"
+            over = times["ours"] / times[way]
+            print(f"{name}, {way}: {times[way]:.2f} s (ours over it: {over:.2f}){memory}")
+
+
+if __name__ == "__main__":
+    main()
