@@ -133,7 +133,8 @@ class Trace:
         # Of the processor, not of the clock: a machine has other work as well.
         tasks = [e for e in events if e["name"].endswith("RunTask") and "tdur" in e]
         own = [e for e in tasks if (e["pid"], e["tid"]) == main]
-        self.longest = max(e["tdur"] for e in own) / 1e6
+        # A task may come without its time: what it did has one.
+        self.longest = max(e.get("tdur", 0) for e in events if (e["pid"], e["tid"]) == main) / 1e6
         self.total = sum(e["tdur"] for e in own) / 1e6
         self.first_paint = sum(e["tdur"] for e in own if e["ts"] < paint["ts"]) / 1e6
 
