@@ -21,7 +21,7 @@ def test_a_page_of_a_thousand_tokens_is_painted_at_once_and_never_blocks(tmp_pat
     assert path.stat().st_size < 5_000_000
     with Browser() as browser:
         trace = browser.trace(path, "'drawn' in document.documentElement.dataset")
-    # On an idle machine no task is above 0.2 s; the bounds leave room for one that is busy.
+    # The longest task is the start of plotly itself; the bounds leave room for a busy machine.
     assert trace.first_paint < 1.0
     assert trace.longest < 0.6
     assert trace.total < 5.0
