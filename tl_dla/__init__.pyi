@@ -37,7 +37,7 @@ from .errors import ReconstructionError as ReconstructionError
 from .errors import TlDlaError as TlDlaError
 from .errors import TokenError as TokenError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .input_attribution import attribute_inputs as attribute_inputs
 from .loading import load_model as load_model
-from .total import attribute_inputs as attribute_inputs
 
 __version__: str

@@ -11,9 +11,15 @@ from tests.support.frozen import rows_of
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tests.zoo.reference import zoo_reference
-from tl_dla import TokenError, UnsupportedModelError, attribute_inputs, attribute_path, total
-from tl_dla.core import all_the_way, calls, run
-from tl_dla.core.network import Network
+from tl_dla import (
+    UnsupportedModelError,
+    attribute_inputs,
+    attribute_path,
+    input_attribution,
+)
+from tl_dla.core import run
+from tl_dla.core.network import calls, readouts
+from tl_dla.core.network.pull import Network
 from tl_dla.core.taps import Kept
 from tl_dla.effects.interventions import ablate
 from tl_dla.errors import ArgumentError, ReconstructionError
@@ -90,7 +96,7 @@ def attribute(name="llama_bias", dtype=torch.float32, ids=None, answers=(ANSWERS
 
 
 def test_several_positions_and_candidates_are_each_what_they_are_alone(monkeypatch):
-    monkeypatch.setattr(all_the_way, "_AT_ONCE", 3 * 2 * 11 * 64)  # in parts of three
+    monkeypatch.setattr(readouts, "_AT_ONCE", 3 * 2 * 11 * 64)  # in parts of three
     together = attribute(answers=(), candidate_tokens=[5, 9, 7], pos=[0, 4, -1])
     assert together.attribution.shape[1:] == (2, 3, 3)
     assert together.flow.shape == (4, 2, 3, 3, 11)
@@ -216,7 +222,7 @@ def test_what_is_read_wrongly_fails_the_certificate(monkeypatch, mistake):
             self.parts[parts[1]] = mistake(self.parts[parts[1]])
 
     attention = mistake in ATTENTION
-    monkeypatch.setattr(total, "Network", Wrong)
+    monkeypatch.setattr(input_attribution, "Network", Wrong)
     with pytest.raises(ReconstructionError, match="what each layer holds|rows") as error:
         attribute()
     assert "frozen linear map" in str(error.value)
@@ -240,7 +246,7 @@ def test_other_rules_lines_and_checks_are_refused():
 def test_no_answer_and_too_many_are_refused():
     with pytest.raises(ArgumentError, match="at most 1024"):
         attribute(answers=(), candidate_tokens=torch.arange(97).repeat(12))
-    with pytest.raises(TokenError, match="answer"):
+    with pytest.raises(ArgumentError, match="answer_tokens is required"):
         attribute(answers=())
 
 

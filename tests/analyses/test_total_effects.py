@@ -8,7 +8,7 @@ from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import attribute_inputs
 from tl_dla.analyses.total_effects import effects
-from tl_dla.core import all_the_way
+from tl_dla.core.network import readouts
 from tl_dla.errors import ArgumentError
 
 # What W_O and W_out are given, in plain modules.
@@ -71,7 +71,7 @@ def test_what_heads_and_their_bias_write_is_what_their_layer_writes(name):
 @pytest.mark.parametrize("lines", ["frozen", "tangent"])
 @pytest.mark.parametrize("name", either("gpt2", "opt", "rms"))
 def test_positions_candidates_and_lengths_are_each_what_they_are_alone(monkeypatch, name, lines):
-    monkeypatch.setattr(all_the_way, "_AT_ONCE", 2 * 2 * 11 * 64)  # in parts of two targets
+    monkeypatch.setattr(readouts, "_AT_ONCE", 2 * 2 * 11 * 64)  # in parts of two targets
     model = load(name)
     prompts = [tokens()[0].tolist(), tokens()[1, :6].tolist()]
     result = attribute_inputs(model, prompts, candidate_tokens=[5, 9], pos=[1, -1])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tl_dla import attribute_inputs, direct_logit_attribution, load_model
-from tl_dla.core.network import Network
+from tl_dla.core.network.pull import Network
 from tl_dla.model.reader import ModelReader
 
 IOI = (

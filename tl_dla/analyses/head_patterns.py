@@ -9,10 +9,9 @@ Each term is a source token's *contribution*, in logits: the rows of `unit="sour
 to the head's. The attention says where a head looks, the contribution what that did to the logit: a
 token that is read the most may move nothing.
 
-The terms come from a cache of the result's prompts, or else from one more run of them, which must
-give the rows of the result again. Kinds of pattern: `pattern_kinds.py`; a head that does one thing
-at the attributed token may do another over the prompt: both are told. Why it looks there:
-`score_reasons.py`. Pictures: `tl_dla.figures.attention_view`.
+The terms come from a cache of the result's prompts, or from one more run, which must give the rows
+again. Kinds of pattern: `pattern_kinds.py`, at the attributed token and over the whole prompt. Why
+a head looks there: `score_reasons.py`. Pictures: `tl_dla.figures.attention_view`.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ The readout w pulled back through all of the network reaches the embeddings:
     logit = Σ_token  embed[token] · w₀[token]  +  pos_embed[token] · w₀[token]  +  Σ biases
 
 exactly, and the same total at every layer: what the stream holds there, x · w, and what the biases
-after it add. See `tl_dla.core.way_back` for each line through the origin, with references.
+after it add. See `tl_dla.core.network.step` for each line through the origin, with references.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.total_effects import Effects, EffectUnit, Lines, effects
-from tl_dla.core.all_the_way import directions, pull_all
 from tl_dla.core.certificate import Reconstruction, Wanted, certify
-from tl_dla.core.network import Network, Pulled
+from tl_dla.core.network.pull import Network, Pulled
+from tl_dla.core.network.readouts import directions, pull_all
+from tl_dla.core.network.step import Rule
 from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import Sizes, rounding
 from tl_dla.core.rows import RowGroup, RowKey, Rows
 from tl_dla.core.run import Run
 from tl_dla.core.taps import exact
 from tl_dla.core.view import prompt_tokens, view_of
-from tl_dla.core.way_back import Rule
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.query import Query
 from tl_dla.model.stream import Kind

@@ -29,13 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tl_dla.core.all_the_way import directions, pull_all
-from tl_dla.core.network import Network
+from tl_dla.core.network.pull import Network
+from tl_dla.core.network.readouts import directions, pull_all
+from tl_dla.core.network.step import Rule
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey, key_of
 from tl_dla.core.run import again
 from tl_dla.core.taps import exact, select
-from tl_dla.core.way_back import Rule
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.tokens import token_strings

@@ -90,7 +90,7 @@ def scores(args: argparse.Namespace) -> Output:
 def inputs(args: argparse.Namespace) -> Output | None:
     """`tl-dla inputs`."""
     from tl_dla.cli.inputs import inputs_output
-    from tl_dla.total import attribute_inputs
+    from tl_dla.input_attribution import attribute_inputs
 
     page = (args.out or "").endswith(".html")
     require_file(args.out) if page else require_writable(args)

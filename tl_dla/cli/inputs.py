@@ -12,7 +12,7 @@ from tl_dla.cli.output import Output
 from tl_dla.cli.tables import MEANING, Ledger, mark
 from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.figures.theme import NEGATIVE, POSITIVE
-from tl_dla.total import InputAttribution
+from tl_dla.input_attribution import InputAttribution
 
 _FROZEN = (
     "Attention patterns are frozen: what a token did by steering attention is in no row"

@@ -14,8 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.gates import gate_factor
 from tl_dla.core.heads import HeadSplit
+from tl_dla.core.network.gates import gate_factor
 from tl_dla.core.readout import Readout
 from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows
 from tl_dla.core.taps import Tap

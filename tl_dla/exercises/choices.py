@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_dla.exercises.comparing import Mistake
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import gamma_directions, heads, ledger, project
-from tl_dla.total import attribute_inputs
+from tl_dla.input_attribution import attribute_inputs
 
 Head = tuple[int, ...]  # (layer, head)
 

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.calls import Calls, patterns_fit
+from tl_dla.core.network.calls import Calls, patterns_fit
+from tl_dla.core.network.step import Met, Rule, through_norm_before
+from tl_dla.core.network.sublayers import AttentionPart, MLPPart, Sublayer, read_sublayer
 from tl_dla.core.rounding import is_multiple, vector_tolerance
 from tl_dla.core.rows import RowKey
 from tl_dla.core.run import Within
-from tl_dla.core.sublayers import AttentionPart, MLPPart, Sublayer, read_sublayer
 from tl_dla.core.taps import Kept, Tap
-from tl_dla.core.way_back import Met, Rule, through_norm_before
 from tl_dla.inputs.query import Query
 from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader

@@ -12,7 +12,7 @@ token did by steering attention is in no row: in " John and Mary … John gave a
 name is repeated acts through queries and keys, and shows in `attribute_attention` alone. Nor does
 removing a token change the logit by its row.
 
-See `tl_dla.core.way_back` for each line through the origin, with references.
+See `tl_dla.core.network.step` for each line through the origin, with references.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from tl_dla.analyses.inputs_ledger import InputLedger, ledger
 from tl_dla.core.certificate import Check, require_check
-from tl_dla.core.network import Network
+from tl_dla.core.network.pull import Network
+from tl_dla.core.network.step import Rule
 from tl_dla.core.run import CAUSE, run
-from tl_dla.core.way_back import Rule
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle
 from tl_dla.inputs.models import require_model

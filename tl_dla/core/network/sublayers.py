@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.frozen_attention import FrozenAttention
-from tl_dla.core.frozen_mlp import FrozenExperts, FrozenMLP
+from tl_dla.core.network.attention import FrozenAttention
+from tl_dla.core.network.mlp import FrozenExperts, FrozenMLP
+from tl_dla.core.network.step import Rule
 from tl_dla.core.taps import Kept, Tap
-from tl_dla.core.way_back import Rule
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import Attention, Gate
 from tl_dla.model.hooks import upcast

@@ -7,8 +7,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.gates import gate_factor
-from tl_dla.core.way_back import Met, through_norm, through_norm_before
+from tl_dla.core.network.gates import gate_factor
+from tl_dla.core.network.step import Met, through_norm, through_norm_before
 from tl_dla.model.attention import Attention, Gate
 from tl_dla.model.values import ValueMap, Values
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.core.way_back import Met, Rule, felt, through_norm, through_norm_before
+from tl_dla.core.network.step import Met, Rule, felt, through_norm, through_norm_before
 from tl_dla.model.mlp import MLP, Experts
 from tl_dla.model.mlp_in import Expert, ExpertsIn, MLPIn
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from tl_dla.core.network import Network, Pulled, Visit
+from tl_dla.core.network.pull import Network, Pulled, Visit
 from tl_dla.core.run import Run
 
 _AT_ONCE = 2**26  # numbers of a direction at the widest place; more targets are pulled in parts

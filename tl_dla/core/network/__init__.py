@@ -1,0 +1,1 @@
+"""The network as one linear map, every non-linearity frozen: the way back to the tokens."""
