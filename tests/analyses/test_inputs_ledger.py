@@ -255,7 +255,7 @@ def test_no_answer_and_too_many_are_refused():
     [
         ("mamba", "mixer_out, which cannot be frozen"),
         ("olmo_clip", "clips its values"),
-        ("llama4_text", "not stacked matrices"),
+        ("llama4_text", "Llama4TextMoe"),
         ("jetmoe", "hook_z"),
         ("gemma4_ple", "per_layer_input_out, which cannot be frozen"),
     ],
