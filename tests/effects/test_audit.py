@@ -247,7 +247,7 @@ def test_a_cache_without_its_input_cannot_be_run_again() -> None:
     model = boot("gpt2")
     _, cache = model.run_with_cache(tokens(), names_filter=required_hooks(model, "head"))
     result = direct_logit_attribution(model, None, ANSWERS, INCORRECT, unit="head", cache=cache)
-    with pytest.raises(ArgumentError, match="pass the prompts as `input`"):
+    with pytest.raises(ArgumentError, match="attribute with the prompts as `input`"):
         result.audit()
     given = direct_logit_attribution(
         model, tokens(), ANSWERS, INCORRECT, unit="head", cache=cache

@@ -253,7 +253,7 @@ def test_the_report_opens_alone(browser, tmp_path, width, dark):
     path = attribute(NASTY).report(tmp_path / "report.html", k=2)
     page = browser.open(path, width=width, dark=dark)
     page.wait("'drawn' in document.documentElement.dataset")
-    page.wait("document.querySelectorAll('#attention *').length > 20")
+    page.wait("document.querySelectorAll('.attention *').length > 20")
     assert page.errors == [] and page.requests == []
     components, heads = attribute(NASTY), attribute(NASTY, unit="head")
     assert page.count(f"#figure-0 {BARS}") == len(components) + 1
@@ -336,7 +336,7 @@ def test_attention_draws_every_head_and_never_shrinks(show, style):
     assert isinstance(view, AttentionView)
     page = show(notebook(view._repr_html_()))
     inside = "document.querySelector('iframe').contentDocument"
-    page.wait(f"{inside}.querySelectorAll('#attention *').length > 20")
+    page.wait(f"{inside}.querySelectorAll('.attention *').length > 20")
     drawn = page.evaluate(f"{inside}.body.innerText")
     assert all(head.label in drawn for head in patterns)
     height = "document.querySelector('iframe').getBoundingClientRect().height"
