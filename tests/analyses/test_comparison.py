@@ -302,6 +302,22 @@ def test_candidates_are_compared_one_by_one():
     assert set(found.to_dataframe().candidate) == {"w5", "w9"}
 
 
+def test_top_ranks_a_position_and_a_candidate():
+    model = load("gpt2")
+    options = {"candidate_tokens": [5, 9], "pos": [-3, -1]}
+    found = compare(*(direct_logit_attribution(model, x, **options) for x in (LONG, SHORT)))
+    for chosen, values in (
+        ({"position": 1, "candidate": "w9"}, found.read[:, :, 1, 1].mean(1)),
+        ({"prompt": 1, "position": 0}, found.read[:, 1, 0].mean(-1)),
+        ({"candidate": 0}, found.read[..., 0].mean((1, 2))),
+    ):
+        ranked = found.top(len(found), of="read", **chosen)
+        expected = sorted(values.tolist(), reverse=True)
+        assert [value for _, value in ranked] == pytest.approx(expected, abs=1e-6)
+        by_label = dict(zip(found.labels, values.tolist(), strict=True))
+        assert dict(ranked) == pytest.approx(by_label, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "why"),
     [
@@ -350,6 +366,8 @@ def test_the_table_the_ranking_and_the_text_are_the_numbers():
     )
     assert found.top(1, prompt=1, of="wrote")[0][1] == pytest.approx(float(found.wrote[:, 1].max()))
     assert found.top(1, largest=False)[0][1] == pytest.approx(float(mean.min()))
+    with pytest.raises(ArgumentError, match="position must be one of the result's 1"):
+        found.top(position=1)
     text = repr(found)
     assert f"{mean[mean.abs().argmax()]:+.4f}" in text and "✓ changes add up to" in text
     assert "model's own logit" in found._repr_html_()

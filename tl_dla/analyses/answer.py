@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
-from tl_dla.core.files import aside
+from tl_dla.core.files import write_page
 from tl_dla.core.result import Attribution
 from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.errors import ArgumentError
@@ -217,25 +217,19 @@ class AnswerAttribution:
         Raises:
             ArgumentError: for a path that cannot be written, or a prompt that there is not.
         """
-        path = Path(path)
-        if path.is_dir() or not path.parent.is_dir():
-            raise ArgumentError(
-                f"The report cannot be written to {str(path)!r}: it must name a file in a folder"
-                " that is there."
-            )
+        return write_page(path, lambda: self._page(prompt))
+
+    def _page(self, prompt: int) -> str:
         view = self._step_view(prompt)
         prompt %= len(self.answers)
         n = len(self.answers[prompt])
-        page = answer_page.page(
+        return answer_page.page(
             view,
             prompt=[*self._prompt_tokens(prompt)],
             segments=self.segments[prompt],
             log_probs=self.log_probs[prompt, :n].tolist(),
             ranks=self.ranks[prompt, :n].tolist(),
         )
-        with aside(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-        return path
 
     def _prompt_tokens(self, prompt: int) -> list[str]:
         first = int(self.steps.positions.index[prompt, 0])

@@ -1,4 +1,4 @@
-"""Which results can stand against each other, and why others cannot."""
+"""Which results can stand against each other, why others cannot, and what the two are called."""
 
 from typing import Any, get_args
 
@@ -7,7 +7,9 @@ import torch
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.absent import AbsentModel
+from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit
+from tl_dla.inputs.text import text_of
 from tl_dla.model.reader import ModelReader
 
 _SIZES = ("n_layers", "n_heads", "d_model", "d_vocab")
@@ -101,3 +103,15 @@ def _require_one_architecture(a: Any, b: Any) -> None:
             "The two models' tokenizers have different vocabularies, so their logits are of"
             " different words."
         )
+
+
+def sides(a: Query, b: Query) -> tuple[str, str]:
+    """What a and b are, in the words in which they differ."""
+    one = len(a.prompts.length) == 1 and a.has_tokens and b.has_tokens
+    texts = [text_of(q.model, q.prompts.packed[0, : int(q.prompts.length[0])]) for q in (a, b)]
+    if one and texts[0] != texts[1]:
+        return f"a: {texts[0]}", f"b: {texts[1]}"
+    names = [str(getattr(q.model.cfg, "model_name", "")) for q in (a, b)]
+    if a.model is not b.model and names[0] != names[1]:
+        return f"a: {names[0]}", f"b: {names[1]}"
+    return "a", "b"

@@ -18,25 +18,27 @@ answers) each model runs once more, with the other's readout pulled back through
 
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.analyses.comparable import require_comparable
+from tl_dla.analyses.comparable import require_comparable, sides
 from tl_dla.analyses.cross_terms import (
-    aligned,
     by_runs,
     by_scales,
     certified,
     merged,
     read_alike,
+    split,
 )
 from tl_dla.core.certificate import Check, Reconstruction, require_check
-from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.choice import read_choice
+from tl_dla.core.files import write_page
 from tl_dla.core.labelled import require_result
-from tl_dla.core.ranking import rows_to_rank
+from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.core.taps import exact
@@ -44,7 +46,6 @@ from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.changes import Changes
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.text import text_of
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
@@ -183,10 +184,12 @@ class Comparison:
         of: Literal["change", "wrote", "read"] = "change",
         largest: bool = True,
         prompt: int | None = None,
+        position: int | None = None,
+        candidate: str | int | None = None,
     ) -> list[tuple[str, float]]:
         """The k rows that rose most as `(label, change)`, the largest first.
 
-        Values are means over prompts (but for one that is chosen), positions and candidates.
+        Values are means over the prompts, positions and candidates that are not chosen.
 
         Args:
             k: how many; fewer where there are not so many rows.
@@ -195,9 +198,11 @@ class Comparison:
             of: the whole change, or one of its two terms.
             largest: False for those that fell most.
             prompt: which prompt of a batch.
+            position: which of the attributed positions, an index into them.
+            candidate: which candidate token, by its text or its index.
 
         Raises:
-            ArgumentError: for a kind, a ranking, a term or a prompt that there is not.
+            ArgumentError: for a kind, a ranking, a term or a choice that there is not.
         """
         terms = {"change": self.values, "wrote": self.values_wrote, "read": self.values_read}
         if of not in terms:
@@ -205,15 +210,9 @@ class Comparison:
         if by == "contrast":
             raise ArgumentError('by must be "value" or "magnitude" here; "contrast" was given.')
         rows = rows_to_rank(self.kinds, kind, k, by)
-        n = len(self.query.prompts.length)
-        if prompt is not None and not -n <= prompt < n:
-            raise ArgumentError(f"prompt must be one of the {n}; {prompt} was given.")
         values = self.query.with_axes(self.query.shaped(terms[of]))[rows]
-        values = values if prompt is None else values[:, prompt % n]
-        means = values.flatten(1).nanmean(1).cpu()
-        ranked = means.abs() if by == "magnitude" else means
-        order = ranked.argsort(descending=largest, stable=True)[:k].tolist()
-        return [(self.labels[rows[i]], float(means[i])) for i in order]
+        values = read_choice(self.query, prompt, position, candidate).values(values)
+        return ranked(values, [self.labels[row] for row in rows], k, by, largest=largest)
 
     # ---- tables, text, pictures ----------------------------------------------------------------
 
@@ -229,19 +228,7 @@ class Comparison:
         a, b, wrote, read = (view_of(one, prompt, candidate).values for one in shown)
         view = view_of(self, prompt, candidate)
         ends = [view_of(_Shown(self, self.values, own), prompt, candidate) for own in self.logits]
-        return Changes(view, a, b, wrote, read, ends[0].logit, ends[1].logit, self._sides())
-
-    def _sides(self) -> tuple[str, str]:
-        """What a and b are, in the words in which they differ."""
-        a, b = self.queries
-        one = len(a.prompts.length) == 1 and a.has_tokens and b.has_tokens
-        texts = [text_of(q.model, q.prompts.packed[0, : int(q.prompts.length[0])]) for q in (a, b)]
-        if one and texts[0] != texts[1]:
-            return f"a: {texts[0]}", f"b: {texts[1]}"
-        names = [str(getattr(q.model.cfg, "model_name", "")) for q in (a, b)]
-        if a.model is not b.model and names[0] != names[1]:
-            return f"a: {names[0]}", f"b: {names[1]}"
-        return "a", "b"
+        return Changes(view, a, b, wrote, read, ends[0].logit, ends[1].logit, sides(*self.queries))
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: one line per row × prompt × position (× candidate).
@@ -303,22 +290,45 @@ class Comparison:
         """
         from tl_dla.figures import changes, charts
 
+        look = charts.Look(title, width, height)
+        return changes.plot(self._chosen(prompt, candidate), k, look)
+
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        prompt: int | None = None,
+        candidate: str | int | None = None,
+        k: int = 30,
+    ) -> Path:
+        """Write one HTML page that loads nothing: the figure, the rows in numbers, the certificate.
+
+        `prompt`, `candidate` and `k` are those of `plot`. A file that is there is replaced.
+
+        Raises:
+            ArgumentError: for a path that cannot be written, or as `plot` does.
+        """
+        from tl_dla.figures.changes_page import page
+
+        return write_page(path, lambda: page(self._chosen(prompt, candidate), k))
+
+    def _chosen(self, prompt: int | None = None, candidate: str | int | None = None) -> Changes:
+        """What is shown where one candidate is: the first, unless another is chosen."""
         if candidate is None and self.query.targets.candidates is not None:
             candidate = 0
-        look = charts.Look(title, width, height)
-        return changes.plot(self.changes(prompt, candidate), k, look)
+        return self.changes(prompt, candidate)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rows that changed most, and the certificate."""
         from tl_dla.figures.changes import html
 
-        return html(self.changes(candidate=None if self.query.targets.candidates is None else 0))
+        return html(self._chosen())
 
     def __repr__(self) -> str:
         """The rows that changed most, the logits, and the certificate."""
         from tl_dla.figures.changes import text
 
-        shown = self.changes(candidate=None if self.query.targets.candidates is None else 0)
+        shown = self._chosen()
         return f'Comparison: {shown.view.words.target}, unit="{self.unit}"\n{text(shown)}'
 
 
@@ -376,17 +386,9 @@ def compare(
     with exact():
         crossed = by_scales(a, b) if read_alike(a, b) else by_runs(a, b)
         keys = merged([keys, *(side.keys for side in crossed)])
-        own_a, own_b = (aligned(one.keys, one.values, keys) for one in (a, b))
-        a_as_b, b_as_a = (aligned(one.keys, one.values, keys).to(own_a) for one in crossed)
-        own_b = own_b.to(own_a)
-        wrote = ((own_b - a_as_b) + (b_as_a - own_a)) / 2
-        read = ((own_b - b_as_a) + (a_as_b - own_a)) / 2
-        constant = torch.tensor([key in (LN_FINAL_B, B_U) for key in keys], device=own_a.device)
-        constant = constant[:, None, None, None]
-        wrote = torch.where(constant, 0.0, wrote)
-        read = torch.where(constant, own_b - own_a, read)
+        own_a, own_b, wrote, read = split(a, b, crossed, keys)
     reconstruction = certified(a, b, keys, wrote + read, crossed)
     reconstruction.raise_or_warn(check, _CAUSE)
     logits, targets = (a.logit, b.logit.to(a.logit)), (a.target, b.target)
-    sides = (own_a, own_b, wrote, read, reconstruction, (a.query, b.query), logits)
-    return Comparison(keys, *sides, a.unit, targets)
+    found = (own_a, own_b, wrote, read, reconstruction, (a.query, b.query), logits)
+    return Comparison(keys, *found, a.unit, targets)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_dla.analyses.comparable import same_answers
 from tl_dla.core.certificate import Reconstruction, Wanted, certify
-from tl_dla.core.decomposition import Decomposition
+from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
 from tl_dla.core.final_readout import token_readout
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
@@ -131,6 +131,21 @@ def aligned(
 def added(keys: Sequence[RowKey]) -> list[int]:
     """The rows that add up: all, or of the readings of a stream the last one and the biases."""
     return [i for i, key in enumerate(keys) if key.kind != "residual" or key.name == FINAL]
+
+
+def split(
+    a: Attribution, b: Attribution, crossed: tuple[Crossed, Crossed], keys: Sequence[RowKey]
+) -> tuple[Float[Tensor, "row batch pos candidate"], ...]:
+    """The rows of a, those of b, and the two terms of their difference: wrote and read."""
+    own_a, own_b = (aligned(one.keys, one.values, keys) for one in (a, b))
+    a_as_b, b_as_a = (aligned(one.keys, one.values, keys).to(own_a) for one in crossed)
+    own_b = own_b.to(own_a)
+    wrote = ((own_b - a_as_b) + (b_as_a - own_a)) / 2
+    read = ((own_b - b_as_a) + (a_as_b - own_a)) / 2
+    constant = torch.tensor([key in (LN_FINAL_B, B_U) for key in keys], device=own_a.device)
+    constant = constant[:, None, None, None]
+    wrote = torch.where(constant, 0.0, wrote)
+    return own_a, own_b, wrote, torch.where(constant, own_b - own_a, read)
 
 
 def certified(

@@ -2,9 +2,12 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+
+from tl_dla.errors import ArgumentError
 
 
 @contextmanager
@@ -26,3 +29,21 @@ def aside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_page(path: str | PathLike[str], make: Callable[[], str]) -> Path:
+    """Make a page and write it, once it is known that the file can be there.
+
+    Raises:
+        ArgumentError: for a path that names no file in a folder that is there.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentError(
+            f"The report cannot be written to {str(path)!r}: it must name a file in a folder"
+            " that is there."
+        )
+    page = make()
+    with aside(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path

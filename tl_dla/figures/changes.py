@@ -125,10 +125,10 @@ def _headings(changes: Changes) -> tuple[str, str]:
     view = changes.view
     title = f"What changed in the logit of {safe(shorten(view.words.target))}"
     sides = [safe(shorten(side)) for side in changes.sides if len(side) > 1]
-    return title, "<br>".join([*sides, *_over(view), safe(view.words.certificate)])
+    return title, "<br>".join([*sides, *over(view), safe(view.words.certificate)])
 
 
-def _over(view: View) -> list[str]:
+def over(view: View) -> list[str]:
     """What the means are over, where there are several numbers."""
     prompts = f"{view.n_prompts} prompts" if view.n_prompts > 1 else "one prompt"
     if view.several_positions:
@@ -266,7 +266,7 @@ def _caption(changes: Changes, k: int) -> str:
     view = changes.view
     total = len(view.labels)
     which = f"the {k} of {total} rows that changed most" if total > k else f"all {total} rows"
-    return f"{', '.join([f'{which} (logits', *_over(view)])}):"
+    return f"{', '.join([f'{which} (logits', *over(view)])}):"
 
 
 def html(changes: Changes, k: int = 12) -> str:

@@ -1,0 +1,76 @@
+"""A comparison as a page of its own: the figure, every row in numbers, the certificate."""
+
+import json
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from tl_dla.figures import changes, theme
+from tl_dla.figures.charts import Look
+from tl_dla.figures.embedded import UNPACK, as_json, plotly
+from tl_dla.figures.text import number
+
+_MOST_ROWS = 200  # in the table; the smaller changes are added up
+_NARROW = 600  # pixels: a figure that a telephone shows as well
+
+
+def page(shown: changes.Changes, k: int = 30) -> str:
+    """The page; its figure has a line for each of the k rows that changed most.
+
+    Raises:
+        ArgumentError: for k < 1.
+    """
+    figure = changes.plot(shown, k, Look(title="", width=_NARROW))
+    figure.update_layout(width=None, margin_l=4, template=None, showlegend=False)
+    figure.update_traces(texttemplate=None, selector={"type": "heatmap"})  # for every width
+    view, n_rows = shown.view, len(shown.view.labels)
+    themes = {name: _theme(name) for name in ("light", "dark")}
+    return _template().render(
+        title=f"What changed in the logit of {view.words.target}",
+        sides=[side for side in shown.sides if len(side) > 1],
+        unit=view.unit,
+        over="".join(f", {words}" for words in changes.over(view)),
+        certificate=view.words.certificate,
+        columns=changes.COLUMNS,
+        lines=changes.lines(shown, None if n_rows <= _MOST_ROWS else _MOST_ROWS),
+        number=number,
+        least=330,
+        height=figure.layout.height,
+        font=Markup(theme.FONT),
+        positive=theme.POSITIVE,
+        negative=theme.NEGATIVE,
+        neutral=theme.NEUTRAL,
+        figure=Markup(as_json(json.loads(figure.to_json()))),
+        themes=Markup(as_json(themes)),
+        plotly=Markup(plotly()),
+        unpack=Markup(UNPACK),
+        **themes,
+    )
+
+
+def _theme(name: theme.Theme) -> dict[str, Any]:
+    """The colours of the page, and of its figure, in light or in dark."""
+    return {
+        "ink": theme.INK[name],
+        "line": theme.GRID[name],
+        "paper": theme.PAPER[name],
+        "template": theme.template(name).to_plotly_json(),
+        "scale": [
+            [i / (len(theme.SCALES["diverging"][name]) - 1), colour]
+            for i, colour in enumerate(theme.SCALES["diverging"][name])
+        ],
+    }
+
+
+@cache
+def _template() -> Template:
+    pages = Environment(
+        loader=PackageLoader("tl_dla.figures", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return pages.get_template("changes_page.html")
