@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.models import either, load, words
+from tests.support.models import either, load, of_4, words
 from tests.zoo.bases import LL
 from tests.zoo.build import build, hf_reference, perturb, tokens
 from tests.zoo.configs import CONFIGS, NATIVE
@@ -62,6 +62,7 @@ def test_weights_that_are_nowhere_are_refused():
         direct_logit_attribution(model, tokens(), 5)
 
 
+@of_4  # 3.9 refuses to wrap a model that is offloaded already
 def test_tokens_go_to_where_offloaded_weights_are_brought():
     from accelerate import cpu_offload
 
@@ -75,6 +76,7 @@ def test_tokens_go_to_where_offloaded_weights_are_brought():
     assert offloaded(prompts.packed).equal(load("gpt2")(tokens()))
 
 
+@of_4
 @pytest.mark.parametrize("unit", ["component", "head", "neuron", "source"])
 def test_offloaded_weights_give_what_they_give_at_hand(unit):
     from accelerate import cpu_offload
@@ -131,7 +133,10 @@ def test_what_scales_with_the_length_of_the_batch_is_told(name):
     assert scales_with_length(model) is expected
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "rwkv", *NATIVE, *either("ln", "rotary")])
+NATIVE_OF_4 = [pytest.param(name, marks=of_4) for name in NATIVE]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "rwkv", *NATIVE_OF_4, *either("ln", "rotary")])
 def test_most_models_do_not_scale_with_length(name):
     assert not scales_with_length(load(name))
 
