@@ -1,6 +1,7 @@
 """Neurons, source tokens, paths and candidates on real weights, against plain `transformers`."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def attributed(name, unit):
     result = direct_logit_attribution(model, PROMPT, ANSWER, INCORRECT, unit=unit)
     assert torch.equal(result.prompts.packed, prompt)
     return result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    yield
+    loaded.cache_clear()
+    attributed.cache_clear()
+    gc.collect()
 
 
 def plain_difference(name):
