@@ -11,7 +11,6 @@ from tl_dla import (
     load_model,
     top_heads_with_patterns,
 )
-from tl_dla.analyses import score_reasons
 from tl_dla.cli import main
 
 pytestmark = of_4
@@ -40,17 +39,6 @@ def test_the_answer_is_compared_with_the_incorrect_answer(heads):
     )
     assert mover.why[1].startswith("looks at ' Tom' rather than ' James' because of")
     assert mover.why[0] in repr(mover) and mover.why[1] in list(heads.summary(1)["why"])
-
-
-def test_whole_layers_are_named_where_pairs_of_heads_would_not_fit(demo, monkeypatch):
-    """A hundred prompts of 60 layers of 64 heads have 6 GB of such pairs."""
-    monkeypatch.setattr(score_reasons, "_PAIRS_AT_ONCE", 1)
-    result = direct_logit_attribution(demo, PROMPTS[0], " Mary", " John", unit="head")
-    mover = next(head for head in top_heads_with_patterns(result, 1))
-    own = attribute_attention(
-        demo, PROMPTS[0], mover.label, key=" Mary", versus=2, unit="component"
-    )
-    assert mover.why == [own.sentence()] and "_attn_out in the query" in mover.why[0]
 
 
 def test_the_token_read_most_is_compared_with_the_next_of_another_sort(demo):

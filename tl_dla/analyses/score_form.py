@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tl_dla.core.readout import Readout
 from tl_dla.core.rows import RowGroup, RowKey, Rows
@@ -178,16 +179,19 @@ class Side:
         )
 
 
-def pairs_of(
+def halves_of(
     query: Side, key: Side, rows: tuple[Rows, Rows], form: ScoreForm
-) -> Float[Tensor, "query_row key_row batch"]:
-    """What each part of the query makes of each part of the key; `rows` are the streams' own."""
-    sides = []
+) -> tuple[Float[Tensor, "query_row batch d"], Float[Tensor, "key_row batch d"]]:
+    """What each part of the query, and of the keys, is in the head: their products are the pairs.
+
+    `rows` are the streams' own. A bias of the score is a product as well, on an axis of its own.
+    """
+    halves = []
     for side, vectors in zip((query, key), rows, strict=True):
         own = [side.parts(torch.cat([group.values for group in vectors.groups]))]
         own += [value[None] for value in side.constants(form.bias).values()]
-        sides.append(torch.cat(own))
-    pairs = torch.einsum("ibd,jbd->ijb", *sides)
+        halves.append(torch.cat(own))
     if bool(form.bias.any()):
-        pairs[-1, -1] = form.bias
-    return pairs
+        halves = [pad(half, (0, 1)) for half in halves]
+        halves[0][-1, :, -1], halves[1][-1, :, -1] = 1.0, form.bias
+    return halves[0], halves[1]

@@ -25,8 +25,7 @@ class AttentionAttribution:
     Attributes:
         by_query: who wrote the query, the keys fixed: `result.by_query["L2H0"]`.
         by_key: who wrote the keys (at `key`, less the same at `versus`), the query fixed.
-        pairs: what each part of the query makes of each part of the keys; rows and columns are
-            those of `by_query` and `by_key`, and add up to them.
+        halves: what each row of either side is in the head, whose products are the pairs.
         reconstruction: the certificate that all three add up to the model's own score.
         head: such as `L3H0`.
         places: each prompt's query, key and, where there is one, versus.
@@ -35,7 +34,7 @@ class AttentionAttribution:
 
     by_query: Attribution
     by_key: Attribution
-    pairs: Float[Tensor, "query_row key_row *batch"]
+    halves: tuple[Float[Tensor, "query_row batch d"], Float[Tensor, "key_row batch d"]]
     reconstruction: Reconstruction
     head: str
     places: Int[Tensor, "batch place"]
@@ -50,19 +49,25 @@ class AttentionAttribution:
     def of(
         by_query: Attribution,
         by_key: Attribution,
-        pairs: Float[Tensor, "query_row key_row batch"],
+        halves: tuple[Float[Tensor, "query_row batch d"], Float[Tensor, "key_row batch d"]],
         head: str,
         places: Int[Tensor, "batch place"],
         tokens: list[tuple[str, ...]],
     ) -> "AttentionAttribution":
         """Two certified ledgers and their pairs, which are certified here."""
-        table = by_query.query.shaped(pairs[..., None, None])
+        total, most = (
+            by_query.query.shaped((q * k).sum(-1)[:, None, None])
+            for q, k in (
+                [half.sum(0) for half in halves],
+                [half.abs().sum(0) for half in halves],
+            )
+        )
         query, key = by_query.reconstruction, by_key.reconstruction
         # the streams of both sides are rounded, and every pair when they are added up
-        added = torch.finfo(table.dtype).eps * table.abs().sum((0, 1))
+        added = torch.finfo(total.dtype).eps * most
         whole = Reconstruction(
             query.expected,
-            table.sum((0, 1)),
+            total,
             torch.hypot(query.tolerance, key.tolerance) + added,
             query.against,
             {"the query rows": query, "the key rows": key},
@@ -70,7 +75,16 @@ class AttentionAttribution:
             query.unchecked,
             "pairs, query rows and key rows add up to",
         )
-        return AttentionAttribution(by_query, by_key, table, whole, head, places, tokens)
+        return AttentionAttribution(by_query, by_key, halves, whole, head, places, tokens)
+
+    @property
+    def pairs(self) -> Float[Tensor, "query_row key_row *batch"]:
+        """What each part of the query makes of each part of the keys, multiplied when asked for.
+
+        Rows and columns are those of `by_query` and `by_key`, and add up to them.
+        """
+        table = torch.einsum("ibd,jbd->ijb", *self.halves)
+        return self.by_query.query.shaped(table[..., None, None])
 
     def top(
         self, k: int = 5, *, largest: bool = True, prompt: int | None = None
@@ -90,8 +104,10 @@ class AttentionAttribution:
     def _mean(self, prompt: int | None) -> Float[Tensor, "query_row key_row"]:
         """The pairs of one prompt, or their mean."""
         [chosen, _, _] = self.by_query.places(prompt, None, None)
-        table = self.pairs.reshape(*self.pairs.shape[:2], -1)
-        return (table.mean(-1) if chosen is None else table[..., chosen]).cpu()
+        query, key = self.halves
+        if chosen is None:
+            return (torch.einsum("ibd,jbd->ij", query, key) / query.shape[1]).cpu()
+        return (query[:, chosen] @ key[:, chosen].mT).cpu()
 
     def sentence(self, prompt: int = 0) -> str:
         """Who wrote the query and the keys of a prompt, in a line: the largest row of either side.

@@ -21,13 +21,10 @@ from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.inputs.caches import read_cache
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
-from tl_dla.inputs.selection import Unit
 from tl_dla.inputs.targets import ONE_NUMBER
 from tl_dla.model.reader import ModelReader
 
 Place = tuple[int, int]  # layer and head
-
-_PAIRS_AT_ONCE = 2**26  # numbers, of heads with heads: where there are more, whole layers are named
 
 
 def reasons(
@@ -48,12 +45,10 @@ def reasons(
     if not result.has_tokens:
         return none
     places = {place: _places(result, pattern) for place, pattern in patterns.items()}
-    heads = reader.n_layers * result.model.cfg.n_heads
-    unit: Unit = "head" if heads**2 * batch <= _PAIRS_AT_ONCE else "component"
     try:
         with exact():
             scores = {
-                place: Score(reader, place, _asked(result, index), unit)
+                place: Score(reader, place, _asked(result, index), "head")
                 for place, index in places.items()
             }
             kept = _kept(reader, result.query, list(scores.values()), cache)
