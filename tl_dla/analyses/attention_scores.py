@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_dla.analyses.paths import below
-from tl_dla.analyses.score_form import ScoreForm, Side, pairs_of
+from tl_dla.analyses.score_form import ScoreForm, Side, halves_of
 from tl_dla.analyses.score_ledgers import AttentionAttribution
 from tl_dla.core.certificate import Check, Wanted, require_check
 from tl_dla.core.decomposition import Decomposition
@@ -40,13 +40,14 @@ from tl_dla.core.rounding import EPS32, score_sizes
 from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall
 from tl_dla.errors import ArgumentError, TokenError, UnsupportedModelError
-from tl_dla.inputs.caches import check_cache, read_cache, read_cached_prompts
-from tl_dla.inputs.models import require_eval, require_model
+from tl_dla.inputs.caches import check_cache
+from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions, read_places
 from tl_dla.inputs.query import Query
+from tl_dla.inputs.reading import read_given
 from tl_dla.inputs.selection import Selection, Unit, place_of_head
 from tl_dla.inputs.targets import ONE_NUMBER
-from tl_dla.inputs.tokens import Input, read_prompts, token_strings
+from tl_dla.inputs.tokens import Input, token_strings
 from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
 
@@ -123,12 +124,7 @@ def attribute_attention(
     reader = ModelReader(model)
     place = place_of_head(reader, head)
     options: dict[str, Any] = dict(prepend_bos=prepend_bos, attention_mask=attention_mask)
-    if cache is None:
-        require_eval(model)
-        prompts = read_prompts(model, input, **options)
-    else:
-        cache = read_cache(model, cache)
-        prompts = read_cached_prompts(model, input, cache, **options)
+    prompts, cache = read_given(model, input, cache, options)
     given = {"query": query, "key": key} | ({} if versus is None else {"versus": versus})
     index = torch.stack([read_places(model, prompts, x, name) for name, x in given.items()], 1)
     _require_seen(index, list(given))
@@ -256,8 +252,8 @@ class Score:
             self._ledger(own, wanted, index[:, i : i + 1], unchecked is None)
             for i, own in enumerate(rows)
         )
-        pairs = pairs_of(query, key, streams, form)
-        return AttentionAttribution.of(by_query, by_key, pairs, self.label, index, self._tokens())
+        halves = halves_of(query, key, streams, form)
+        return AttentionAttribution.of(by_query, by_key, halves, self.label, index, self._tokens())
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""What a user asks of a model, as a `Query`."""
+"""What a user asks of a model, as a `Query`, and of which prompts."""
 
 from typing import Any
 
@@ -7,7 +7,18 @@ from tl_dla.inputs.models import require_eval
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Answers, read_targets
-from tl_dla.inputs.tokens import Input, read_prompts, texts_of
+from tl_dla.inputs.tokens import Input, Prompts, read_prompts, texts_of
+
+
+def read_given(
+    model: Any, input: Input | None, cache: Any, options: dict[str, Any]
+) -> tuple[Prompts, Any]:
+    """The prompts, and the cache where one is read; `options` as in `read_query`."""
+    if cache is None:
+        require_eval(model)
+        return read_prompts(model, input, **options), None
+    cache = read_cache(model, cache)
+    return read_cached_prompts(model, input, cache, **options), cache
 
 
 def read_query(
@@ -34,12 +45,7 @@ def read_query(
         TokenError: for a prompt, answer or position that cannot be what was meant.
         ArgumentError: for other arguments that do not fit.
     """
-    if cache is None:
-        require_eval(model)
-        prompts = read_prompts(model, input, **options)
-    else:
-        cache = read_cache(model, cache)
-        prompts = read_cached_prompts(model, input, cache, **options)
+    prompts, cache = read_given(model, input, cache, options)
     positions = read_positions(pos, prompts)
     targets = read_targets(model, *answers, len(prompts.tokens), positions, texts_of(input))
     has_batch = cache is None or cache.has_batch_dim
