@@ -119,7 +119,7 @@ def test_rows_are_ranked_and_tabulated():
     assert 'unit="component", lines="frozen"' in repr(found)
     with pytest.raises(KeyError, match="No row 'L9H9'"):
         found["L9H9"]
-    with pytest.raises(ArgumentError, match="no 2 rows of kind 'head'"):
+    with pytest.raises(ArgumentError, match="No row is of kind 'head'"):
         found.top(2, kind="head")
 
 

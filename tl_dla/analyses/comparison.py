@@ -40,7 +40,7 @@ from tl_dla.core.files import write_page
 from tl_dla.core.labelled import require_result
 from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
-from tl_dla.core.rows import RowKey
+from tl_dla.core.rows import Keyed, RowKey
 from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
@@ -59,7 +59,7 @@ _CAUSE = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Keyed):
     """Two runs row by row, in logits: a's value, b's, and why they differ.
 
     Rows that one side lacks stand against 0. `change`, `wrote` and `read` follow `labels`, in the
@@ -127,26 +127,6 @@ class Comparison:
         return self.reconstruction.expected
 
     @property
-    def labels(self) -> list[str]:
-        """The rows' names."""
-        return [key.label for key in self.keys]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is: `head`, `mlp`, `bias`, …."""
-        return [key.kind for key in self.keys]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """Each row's layer, None for rows of no layer."""
-        return [key.layer for key in self.keys]
-
-    @property
-    def sources(self) -> list[int | None]:
-        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
-        return [key.source for key in self.keys]
-
-    @property
     def query(self) -> Query:
         """The question of b, whose positions and tokens name the samples."""
         return self.queries[1]
@@ -164,14 +144,9 @@ class Comparison:
         """What the rows of either side add up to, in words."""
         return "model's own logit" if self.query.include_bias else "logit without biases"
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
     def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
         """The change of one row, by its label."""
-        if label not in self.labels:
-            raise KeyError(f"No row {label!r}; the rows are {', '.join(self.labels[:4])}, ….")
-        return self.change[self.labels.index(label)]
+        return self.change[self.index(label)]
 
     # ---- ranking -------------------------------------------------------------------------------
 

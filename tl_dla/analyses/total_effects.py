@@ -32,8 +32,9 @@ from torch.nn.functional import pad
 from tl_dla.core.network.pull import Network
 from tl_dla.core.network.readouts import directions, pull_all
 from tl_dla.core.network.step import Rule
+from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
-from tl_dla.core.rows import RowKey, key_of
+from tl_dla.core.rows import Keyed, RowKey, key_of
 from tl_dla.core.run import again
 from tl_dla.core.taps import exact, select
 from tl_dla.errors import ArgumentError, UnsupportedModelError
@@ -54,7 +55,7 @@ NEAREST: dict[EffectUnit, Lines] = {"component": "frozen", "head": "tangent", "n
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Effects:
+class Effects(Keyed):
     """What each part writes to a logit through everything after it, at each token's place.
 
     Attributes:
@@ -77,35 +78,20 @@ class Effects:
         by_source = self.values.movedim(-1, 1)
         return self.query.shaped(by_source).movedim(1, -1)
 
-    @cached_property
-    def labels(self) -> list[str]:
-        """The rows' names: `L9H9`, `9_mlp_out`, `L9N17`."""
-        return [key.label for key in self.keys]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is."""
-        return [key.kind for key in self.keys]
-
     def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
         """One row, by its label: at each token's place."""
-        if label not in self.labels:
-            shown = ", ".join(self.labels[:4])
-            raise KeyError(f"No row {label!r}; the rows are {shown}, …, {self.labels[-1]}.")
-        return self.attribution[self.labels.index(label)]
+        return self.attribution[self.index(label)]
 
     def top(self, k: int = 5, *, kind: Kind | None = None) -> list[tuple[str, float]]:
         """The k rows of largest effect, added up over the tokens' places, as `(label, effect)`.
 
         Effects are means over prompts, positions and candidates, and ranked by magnitude.
         """
+        rows = rows_to_rank(self.kinds, kind, k, "magnitude")
         valid = self.query.positions.valid.to(self.values.device)[..., None]
-        means = torch.where(valid, self.values.sum(-1), torch.nan).flatten(1).nanmean(1)
-        rows = [i for i, own in enumerate(self.kinds) if kind in (None, own)]
-        if k < 1 or not rows:
-            raise ArgumentError(f"There are no {k} rows of kind {kind!r} among {set(self.kinds)}.")
-        order = sorted(rows, key=lambda i: -abs(float(means[i])))
-        return [(self.labels[i], float(means[i])) for i in order[:k]]
+        values = torch.where(valid, self.values[rows].sum(-1), torch.nan)
+        names = [self.labels[row] for row in rows]
+        return ranked(values, names, k, "magnitude", largest=True)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: one line per row × prompt × position (× candidate) × token's place.

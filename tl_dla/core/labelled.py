@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.numbers import Hop, Numbers, Subject
-from tl_dla.core.rows import RowKey
+from tl_dla.core.rows import Keyed, RowKey
 from tl_dla.core.tidy import target_words
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.absent import AbsentModel
@@ -18,11 +18,10 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.targets import Targets
 from tl_dla.inputs.tokens import Prompts
-from tl_dla.model.stream import Kind
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LabelledRows:
+class LabelledRows(Keyed):
     """Rows under their labels, what they add up to, and the question that they answer.
 
     Attributes:
@@ -73,26 +72,6 @@ class LabelledRows:
         """What the rows add up to: the model's own logit, or logit difference."""
         return self.reconstruction.expected
 
-    @cached_property
-    def labels(self) -> list[str]:
-        """The rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`)."""
-        return [key.label for key in self.keys]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is: `embed`, `attn`, `mlp`, `head`, `neuron`, `bias`, `rest`, …."""
-        return [key.kind for key in self.keys]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """Each row's layer, None for rows of no layer."""
-        return [key.layer for key in self.keys]
-
-    @property
-    def sources(self) -> list[int | None]:
-        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
-        return [key.source for key in self.keys]
-
     @property
     def path(self) -> tuple[str, ...]:
         """The source rows that the rows split, in a result of `attribute_path`."""
@@ -137,21 +116,9 @@ class LabelledRows:
             return "Without its model"
         return "" if self.numbers.ran else "Made from a cache"
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
     def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
         """One row, by its label."""
         return self.attribution[self.index(label)]
-
-    def index(self, label: str) -> int:
-        """Where a row is."""
-        if label not in self.labels:
-            raise KeyError(
-                f'No row {label!r} in a unit="{self.unit}" result; the rows are'
-                f" {', '.join(self.labels[:4])}, …, {self.labels[-1]}."
-            )
-        return self.labels.index(label)
 
     @property
     def heads(self) -> Float[Tensor, "layer head *batch_and_pos"]:

@@ -40,6 +40,42 @@ class RowKey(NamedTuple):
         return label if self.source is None else f"{label}←{self.source}"
 
 
+class Keyed:
+    """Rows that have keys, and what follows from those: labels, kinds, layers, source tokens."""
+
+    keys: list[RowKey]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`)."""
+        return [key.label for key in self.keys]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each row is: `embed`, `attn`, `mlp`, `head`, `neuron`, `bias`, `rest`, …."""
+        return [key.kind for key in self.keys]
+
+    @property
+    def layers(self) -> list[int | None]:
+        """Each row's layer, None for rows of no layer."""
+        return [key.layer for key in self.keys]
+
+    @property
+    def sources(self) -> list[int | None]:
+        """The position of each row's source token (`L9H9←5`), None for rows of no token."""
+        return [key.source for key in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def index(self, label: str) -> int:
+        """Where a row is."""
+        if label not in self.labels:
+            shown = ", ".join(self.labels[:4])
+            raise KeyError(f"No row {label!r}; the rows are {shown}, …, {self.labels[-1]}.")
+        return self.labels.index(label)
+
+
 REMAINDER = RowKey("remainder", None, "remainder")  # all rows but the heads, as one
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_dla.core.decomposition import Decomposition
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import RowKey
+from tl_dla.core.rows import Keyed, RowKey
 from tl_dla.core.taps import Kept, Tap, exact, recall
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.caches import read_cached_prompts, require_cache
@@ -27,12 +27,12 @@ from tl_dla.inputs.targets import NO_TARGETS
 from tl_dla.model.hooks import upcast
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import Kind, ResidPoint, Step
+from tl_dla.model.stream import ResidPoint, Step
 from tl_dla.model.unembedding import unembed_matrix
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualStack:
+class ResidualStack(Keyed):
     """Vectors in the final residual stream, one row per part of the model.
 
     `vectors, labels = stack` unpacks it, as TransformerLens's methods with `return_labels=True`.
@@ -47,21 +47,6 @@ class ResidualStack:
     vectors: Float[Tensor, "row *batch_and_pos d_model"]
     keys: list[RowKey]
 
-    @property
-    def labels(self) -> list[str]:
-        """The rows' names."""
-        return [key.label for key in self.keys]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each row is."""
-        return [key.kind for key in self.keys]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """Each row's layer."""
-        return [key.layer for key in self.keys]
-
     def __iter__(self) -> Iterator[Any]:
         return iter((self.vectors, self.labels))
 
@@ -71,9 +56,7 @@ class ResidualStack:
 
     def __getitem__(self, label: str) -> Float[Tensor, "*batch_and_pos d_model"]:
         """One row, by its label."""
-        if label not in self.labels:
-            raise KeyError(f"No row {label!r}; the rows are {', '.join(self.labels[:4])}, ….")
-        return self.vectors[self.labels.index(label)]
+        return self.vectors[self.index(label)]
 
 
 def vectors_of(
