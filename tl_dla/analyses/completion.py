@@ -309,7 +309,8 @@ class _Seen:
         return [self.whole if prompts == slice(0, len(self.ids)) else self._tap(prompts)]
 
     def _tap(self, prompts: slice) -> Tap:
-        return Tap(self.site, partial(_odds, self.model, self.ids[prompts]))
+        # Whole: the unembedding is given no other positions than those attributed.
+        return Tap(self.site, partial(_odds, self.model, self.ids[prompts]), whole=True)
 
     def odds(self, once: Run) -> Odds:
         """What was read; nothing where an answer has no such token."""

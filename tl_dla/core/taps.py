@@ -137,8 +137,8 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
     tokens = prompts.packed
     _require_alike(model, query)
     by_site, mine = _by_site(taps), threading.get_ident()
-    # Read where the unembedding still sees every position.
-    uncut = [tap for tap in by_site.get("unembed.hook_in", ()) if tap.whole]
+    # Read where the unembedding still sees every position, before those asked for are taken.
+    end = by_site.pop("unembed.hook_in", [])
     # Gradients are off for the whole pass; autocast is the model's business, but not ours.
     guard = exact if any(map(torch.is_autocast_enabled, _DEVICES)) else nullcontext
 
@@ -152,14 +152,10 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             taken: Tensor | None = None
             with guard():
                 for tap in by_site[name]:
-                    if tap in uncut:
-                        continue
                     if tap.whole or tap.keys:
                         values[tap] = _alone(tap.read(tap.of(x, positions)))
                         continue
-                    # The unembedding sees only these positions already.
-                    if taken is None:
-                        taken = x if name.startswith("unembed.") else positions.take(x)
+                    taken = positions.take(x) if taken is None else taken
                     values[tap] = _alone(tap.read(taken))
 
         return read
@@ -183,8 +179,9 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         if threading.get_ident() != mine:
             return None
         with guard():
-            for tap in uncut:
-                values[tap] = tap.read(_batched(args[0], *tokens.shape))
+            for tap in end:
+                at = tap.of(_batched(args[0], *tokens.shape), positions)
+                values[tap] = _alone(tap.read(at))
         return (positions.take(args[0]), *args[1:])
 
     def keep_raw(_module: Any, _args: Any, output: Tensor) -> None:
