@@ -99,12 +99,7 @@ class Readout:
 
     def through_norm(self, norm: Norm) -> "Readout":
         """Back through a norm with its scale frozen: γ ⊙ w, less its mean where it centres."""
-        direction = self.direction
-        if norm.gamma is not None:
-            direction = direction * norm.gamma.to(direction)
-        if norm.centred:
-            direction = direction - direction.mean(-1, keepdim=True)
-        return Readout(direction, (*self.norms, norm), self.scale)
+        return Readout(norm.back(self.direction), (*self.norms, norm), self.scale)
 
     def through_linear(self, weight: Float[Tensor, "*place d"]) -> "Readout":
         """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""

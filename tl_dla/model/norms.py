@@ -48,6 +48,14 @@ class Norm:
         x = x / scale[..., None]
         return x if self.gamma is None else x * self.gamma.to(x)
 
+    def back(self, direction: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead width"]:
+        """A direction at what the norm returns, as one at its input times the scale.
+
+        The transpose of `through`, but for the division: γ ⊙ w, less its mean where it centres.
+        """
+        direction = direction if self.gamma is None else direction * self.gamma.to(direction)
+        return direction - direction.mean(-1, keepdim=True) if self.centred else direction
+
     def forward(
         self, x: Float[Tensor, "*batch width"], scale: Float[Tensor, "*stream"]
     ) -> Float[Tensor, "*batch width"]:

@@ -13,7 +13,7 @@ A vector of a latent that all heads share has one head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -96,12 +96,10 @@ class HeadNorm:
         scale = norm.scale_of(x.value) if scale is None else scale
 
         def back(direction: Tensor, head: int) -> Tensor:
-            if norm.gamma is not None:
-                own = norm.gamma if norm.gamma.ndim == 1 else of_head(norm.gamma, 0, head)
-                direction = direction * own.to(direction)
-            if norm.centred:
-                direction = direction - direction.mean(-1, keepdim=True)
-            return direction / of_head(scale, -1, head)[..., None]
+            own = norm
+            if norm.gamma is not None and norm.gamma.ndim > 1:
+                own = replace(norm, gamma=of_head(norm.gamma, 0, head))
+            return own.back(direction) / of_head(scale, -1, head)[..., None]
 
         return x.then(norm.forward(x.value, scale), norm.forward(x.constant, scale), back)
 

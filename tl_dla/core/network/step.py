@@ -83,11 +83,7 @@ def through_norm(
     norm: Norm, scale: Float[Tensor, "*place"], direction: Float[Tensor, "*place target d"]
 ) -> Float[Tensor, "*place target d"]:
     """Back through a norm with its scale frozen."""
-    if norm.gamma is not None:
-        direction = direction * norm.gamma.to(direction)
-    if norm.centred:
-        direction = direction - direction.mean(-1, keepdim=True)
-    return direction / scale.to(direction)[..., None, None]
+    return norm.back(direction) / scale.to(direction)[..., None, None]
 
 
 def through_norm_before(
