@@ -44,7 +44,7 @@ def test_the_page_holds_every_number_and_loads_nothing(found, tmp_path):
         assert values == pytest.approx(own, abs=1e-5)
     assert len(data["labels"]) == len(found) and data["ranks"] == found.ranks[0].tolist()
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
-    with pytest.raises(ArgumentError, match="it must name a file"):
+    with pytest.raises(ArgumentError, match="there is no folder"):
         found.report(tmp_path / "none" / "page.html")
 
 

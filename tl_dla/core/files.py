@@ -35,15 +35,21 @@ def write_page(path: str | PathLike[str], make: Callable[[], str]) -> Path:
     """Make a page and write it, once it is known that the file can be there.
 
     Raises:
-        ArgumentError: for a path that names no file in a folder that is there.
+        ArgumentError: for a path that cannot be written, saying why.
     """
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ArgumentError(
-            f"The report cannot be written to {str(path)!r}: it must name a file in a folder"
-            " that is there."
-        )
-    page = make()
-    with aside(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    try:
+        if path.is_dir():
+            raise _unwritable(path, "it is a folder; name a file")
+        if not path.parent.is_dir():
+            raise _unwritable(path, f"there is no folder {path.parent}")
+        page = make()
+        with aside(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, f"{error.strerror}") from error
     return path
+
+
+def _unwritable(path: Path, reason: str) -> ArgumentError:
+    return ArgumentError(f"The report cannot be written to {path}: {reason}.")

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from html import escape
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from tl_dla.figures import theme
-from tl_dla.figures.embedded import as_json
+from tl_dla.figures.embedded import as_json, template
 from tl_dla.figures.text import number
 from tl_dla.figures.view import View, largest, smaller
 
@@ -55,7 +53,7 @@ def page(
     }
     colours = {name: both["light"] for name, both in _themes().items()}
     colours |= {f"{name}_dark": both["dark"] for name, both in _themes().items()}
-    return _template().render(
+    return template("tl_dla.figures", "answer_page.html").render(
         title=f"What wrote {view.words.target}, token by token",
         certificate=view.words.certificate,
         what="logit difference" if "−" in view.words.target else "logit",
@@ -65,14 +63,6 @@ def page(
         negative=theme.NEGATIVE,
         **colours,
     )
-
-
-@cache
-def _template() -> Template:
-    pages = Environment(
-        loader=PackageLoader("tl_dla.figures", "."), autoescape=True, undefined=StrictUndefined
-    )
-    return pages.get_template("answer_page.html")
 
 
 def _themes() -> dict[str, dict[str, str]]:

@@ -1,15 +1,13 @@
 """A comparison as a page of its own: the figure, every row in numbers, the certificate."""
 
 import json
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from tl_dla.figures import changes, theme
 from tl_dla.figures.charts import Look
-from tl_dla.figures.embedded import UNPACK, as_json, plotly
+from tl_dla.figures.embedded import UNPACK, as_json, plotly, template
 from tl_dla.figures.text import number
 
 _MOST_ROWS = 200  # in the table; the smaller changes are added up
@@ -27,7 +25,7 @@ def page(shown: changes.Changes, k: int = 30) -> str:
     figure.update_traces(texttemplate=None, selector={"type": "heatmap"})  # for every width
     view, n_rows = shown.view, len(shown.view.labels)
     themes = {name: _theme(name) for name in ("light", "dark")}
-    return _template().render(
+    return template("tl_dla.figures", "changes_page.html").render(
         title=f"What changed in the logit of {view.words.target}",
         sides=[side for side in shown.sides if len(side) > 1],
         unit=view.unit,
@@ -62,15 +60,3 @@ def _theme(name: theme.Theme) -> dict[str, Any]:
             for i, colour in enumerate(theme.SCALES["diverging"][name])
         ],
     }
-
-
-@cache
-def _template() -> Template:
-    pages = Environment(
-        loader=PackageLoader("tl_dla.figures", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    return pages.get_template("changes_page.html")

@@ -13,6 +13,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 UNPACK = """
 async function unpacked(name) {
   const packed = atob(document.getElementById(name).textContent);
@@ -62,3 +64,16 @@ def frame(page: str, title: str, height: int) -> str:
         f'<iframe srcdoc="{escape(page)}" width="100%" height="{height}" sandbox="allow-scripts'
         f' allow-downloads allow-modals" style="border:0" title="{escape(title)}"></iframe>'
     )
+
+
+@cache
+def template(package: str, name: str) -> Template:
+    """A page's jinja2 template, which escapes everything it is given."""
+    pages = Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return pages.get_template(name)

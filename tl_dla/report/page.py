@@ -13,11 +13,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from tl_dla.core.files import aside
+from tl_dla.core.files import write_page
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import SHOWN_AFTER
 from tl_dla.core.view import view_of
@@ -72,47 +71,11 @@ def write_report(
         ArgumentError: for a path that cannot be written, a prompt that the result does not have, or
             more heads than there are.
     """
-    path = Path(path)
-    _require_writable(path)
-    choice = Shown(prompt, k, attention, audit)
-    page = page_of(result, choice, command or f'result.report("{path}")')
-    try:
-        with aside(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, f"{error.strerror}") from error
-    return path
-
-
-def _require_writable(path: Path) -> None:
-    """Fail before the model runs, not after."""
-    try:
-        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
-    except OSError as error:
-        raise _unwritable(path, f"{error.strerror}") from error
-    if is_folder:
-        raise _unwritable(path, "it is a folder; name a file")
-    if not has_folder:
-        raise _unwritable(path, f"there is no folder {path.parent}")
-
-
-def _unwritable(path: Path, reason: str) -> ArgumentError:
-    return ArgumentError(f"The report cannot be written to {path}: {reason}.")
+    choice, command = Shown(prompt, k, attention, audit), command or f'result.report("{path}")'
+    return write_page(path, lambda: page_of(result, choice, command))
 
 
 # ---- the page ----------------------------------------------------------------------------------
-
-
-@cache
-def _template() -> Template:
-    pages = Environment(
-        loader=PackageLoader("tl_dla.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    return pages.get_template("page.html")
 
 
 def page_of(result: Attribution, shown: Shown, command: str) -> str:
@@ -139,7 +102,7 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
         for section in drawn
         for group in section.heads
     }
-    return _template().render(
+    return embedded.template("tl_dla.report", "page.html").render(
         title=f"What wrote the logit of {view_of(result).words.target}",
         model=fragments.model(result),
         prompts=fragments.prompts(result),
