@@ -14,7 +14,7 @@ from tl_dla.loading import load_model
 
 HERE = Path(__file__).parent
 CASES = json.loads((HERE / "published.json").read_text())["cases"]
-IOI = json.loads((HERE.parents[1] / "tutorials/data/ioi_gpt2_small.json").read_text())
+IOI = json.loads((HERE / "ioi_gpt2_small.json").read_text())
 CASES += [
     {
         "name": f"gpt2-ioi-{unit}s",
