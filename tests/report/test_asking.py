@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.pages import NASTY, PROMPTS, bridge
-from tl_dla import direct_logit_attribution
+from tl_dla import attribute_attention, direct_logit_attribution
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
 from tl_dla.figures.text import number
 
@@ -126,12 +126,26 @@ def test_a_press_on_a_cell_says_all_there_is_of_the_head(ask):
     assert len(page.evaluate("document.querySelector('#figure-2').layout.shapes")) == 1
 
 
-def test_the_panel_of_a_shown_head_says_who_wrote_its_query_and_key(ask):
-    page = ask("one", "row=L0H0")
-    assert "because of" not in panel(page)  # not among those that are shown with their attention
-    for head in top_heads_with_patterns(attribute(PROMPTS[0]), 3):
+def test_the_panel_says_who_wrote_a_query_and_key_or_which_call_does(ask):
+    page = ask("one")
+    every = top_heads_with_patterns(attribute(PROMPTS[0]), 15)
+    assert len(every) == 15 and sum("because of" in head.why[0] for head in every) > 9
+    for head in every:
         page.evaluate(f"choose({{row: '{head.label}'}})")
-        assert "because of" in head.why[0] and f"{head.label} {head.why[0]}." in panel(page)
+        why = head.why[0]
+        assert f"{head.label} {why}." in panel(page) if why else "because of" not in panel(page)
+    page = ask("several")
+    carded = [head.label for head in top_heads_with_patterns(attribute(), 3)]
+    [label, *_] = [f"L2H{i}" for i in range(5) if f"L2H{i}" not in carded]
+    page.evaluate(f"choose({{row: '{label}', prompt: 1}})")
+    call = page.evaluate("document.querySelector('#panel code').textContent")
+    names = {"attribute_attention": attribute_attention, "model": bridge(), "prompts": PROMPTS}
+    asked = eval(call, names)
+    [head] = top_heads_with_patterns(attribute(), heads=label)
+    query, key, versus = asked.places[0].tolist()
+    n = len(head.tokens[1])
+    assert (asked.head, query, key) == (label, n - 1, int(head.pattern[1, n - 1].argmax()))
+    assert head.tokens[1][key] != head.tokens[1][versus] and asked.reconstruction.passed
 
 
 def test_a_press_on_a_bar_and_on_a_token(ask):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-
 
 @pytest.mark.slow
 def test_a_page_of_a_thousand_tokens_is_painted_at_once_and_never_blocks(tmp_path):
-    model = bridge(n_layers=6, n_heads=12, n_positions=1024)
+    model = bridge(n_layers=30, n_heads=9, n_positions=1024)
     text = " ".join(random.Random(0).choices(WORDS, k=999))
     result = direct_logit_attribution(model, text, "mat", "cat", unit="head")
     assert int(result.prompts.length) == 1000
@@ -21,7 +21,7 @@ def test_a_page_of_a_thousand_tokens_is_painted_at_once_and_never_blocks(tmp_pat
     assert path.stat().st_size < 5_000_000
     with Browser() as browser:
         trace = browser.trace(path, "'drawn' in document.documentElement.dataset")
-    # The longest task is the start of plotly itself; the bounds leave room for a busy machine.
+    # Seconds of the processor on a slow machine: 0.13 for the largest figure, 0.6 for all.
     assert trace.first_paint < 1.0
-    assert trace.longest < 0.6
-    assert trace.total < 5.0
+    assert trace.longest < 0.2
+    assert trace.total < 2.0

@@ -331,7 +331,11 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
         (layer, head): own_part(once.kept[whole[layer]][:, head], prompts.length)
         for layer, head in places.values()
     }
-    why = reasons(result, patterns, cache)
+    last = positions.last[:, None, None]
+    paid = {
+        place: one.take_along_dim(last.to(one.device), 1)[:, 0] for place, one in patterns.items()
+    }
+    why = reasons(result.query, paid, cache)
     found = []
     for label, (layer, head) in places.items():
         part = moved.reconstruction.parts[f"the source tokens of {label}"]

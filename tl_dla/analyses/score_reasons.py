@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.analyses.attention_scores import Score
-from tl_dla.core.result import Attribution
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall
 from tl_dla.errors import IncompleteCacheError, UnsupportedModelError
 from tl_dla.inputs.caches import read_cache
@@ -28,7 +27,7 @@ Place = tuple[int, int]  # layer and head
 
 
 def reasons(
-    result: Attribution, patterns: Mapping[Place, Float[Tensor, "batch query key"]], cache: Any
+    query: Query, paid: Mapping[Place, Float[Tensor, "batch key"]], cache: Any = None
 ) -> dict[Place, list[str]]:
     """A sentence for each head and prompt.
 
@@ -36,22 +35,23 @@ def reasons(
     a cache does not hold what they are made of (rotary positions are at no hook).
 
     Args:
-        result: whose prompts and targets they are.
-        patterns: of each head, 0 outside of a prompt's own tokens.
+        query: the prompts, positions and targets.
+        paid: the attention of each head from the last attributed position of each prompt, 0
+            outside of the prompt's own tokens.
         cache: of the prompts; None to run the model once more.
     """
-    reader, batch = ModelReader(result.model), len(result.prompts.length)
-    none = {place: [""] * batch for place in patterns}
-    if not result.has_tokens:
+    reader, batch = ModelReader(query.model), len(query.prompts.length)
+    none = {place: [""] * batch for place in paid}
+    if not query.has_tokens:
         return none
-    places = {place: _places(result, pattern) for place, pattern in patterns.items()}
+    places = {place: _places(query, own) for place, own in paid.items()}
     try:
         with exact():
             scores = {
-                place: Score(reader, place, _asked(result, index), "head")
+                place: Score(reader, place, _asked(query, index), "head")
                 for place, index in places.items()
             }
-            kept = _kept(reader, result.query, list(scores.values()), cache)
+            kept = _kept(reader, query, list(scores.values()), cache)
             found = {place: score.result(kept[place]) for place, score in scores.items()}
     except (UnsupportedModelError, IncompleteCacheError):
         return none
@@ -64,27 +64,24 @@ def reasons(
     }
 
 
-def _places(
-    result: Attribution, pattern: Float[Tensor, "batch query key"]
-) -> Int[Tensor, "batch place"]:
+def _places(query: Query, paid: Float[Tensor, "batch key"]) -> Int[Tensor, "batch place"]:
     """Query, key and versus of each prompt; versus is the key where there is no other token."""
     rows = []
-    positions, ids = result.positions, result.prompts.packed.tolist()
-    targets = result.targets.ids.expand(len(ids), *result.targets.ids.shape[1:]).flatten(1).tolist()
-    for b, tokens in enumerate(ids):
-        query = int(positions.index[b][positions.valid[b]][-1])
-        paid = pattern[b, query]
-        order = [i for i in paid.argsort(descending=True, stable=True).tolist() if paid[i] > 0]
+    ids, last = query.prompts.packed.tolist(), query.positions.last.tolist()
+    targets = query.targets.ids.expand(len(ids), *query.targets.ids.shape[1:]).flatten(1).tolist()
+    for b, (tokens, at) in enumerate(zip(ids, last, strict=True)):
+        seen = paid[b].argsort(descending=True, stable=True).tolist()
+        order = [i for i in seen if paid[b, i] > 0]
         key = order[0]
         others = [i for i in order if tokens[i] != tokens[key]]
         named = [i for i in others if tokens[i] in targets[b]] if tokens[key] in targets[b] else []
-        rows.append([query, key, next(iter(named or others), key)])
-    return torch.tensor(rows, device=positions.index.device)
+        rows.append([at, key, next(iter(named or others), key)])
+    return torch.tensor(rows, device=query.positions.index.device)
 
 
-def _asked(result: Attribution, index: Int[Tensor, "batch place"]) -> Query:
+def _asked(query: Query, index: Int[Tensor, "batch place"]) -> Query:
     positions = Positions(index, torch.ones_like(index).bool(), False, False)
-    return Query(result.model, result.prompts, positions, ONE_NUMBER)
+    return Query(query.model, query.prompts, positions, ONE_NUMBER)
 
 
 def _kept(reader: ModelReader, query: Query, scores: list[Score], cache: Any) -> dict[Place, Kept]:

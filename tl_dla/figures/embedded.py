@@ -30,20 +30,23 @@ async function unpack(name) {
   URL.revokeObjectURL(script.src);
 }"""
 
+# Chromium compiles the whole script beside the page's own thread, which it would block otherwise.
+_EAGER = "//# allFunctionsCalledOnLoad\n"
+
 
 @cache
 def plotly() -> str:
     """The installed plotly.js as a packed element `plotly`."""
     from plotly.offline import get_plotlyjs
 
-    return packed("plotly", get_plotlyjs())
+    return packed("plotly", _EAGER + get_plotlyjs())
 
 
 @cache
 def circuitsvis() -> str:
     """The installed circuitsvis bundle as a packed element `circuitsvis`."""
     path = files("circuitsvis") / "dist" / "cdn" / "iife.js"
-    return packed("circuitsvis", path.read_text(encoding="utf-8"))
+    return packed("circuitsvis", _EAGER + path.read_text(encoding="utf-8"))
 
 
 def packed(name: str, script: str) -> str:

@@ -52,6 +52,12 @@ class Positions:
         """Drop the position axis where one position was asked for."""
         return x.squeeze(axis) if self.single else x
 
+    @property
+    def last(self) -> Int[Tensor, " batch"]:
+        """The last of each prompt's own, in the order asked for."""
+        rows = zip(self.index, self.valid, strict=True)
+        return torch.stack([index[valid][-1] for index, valid in rows])
+
     def tiled(self, copies: int) -> "Positions":
         """The positions of the prompts several times over."""
         index, valid = self.index.repeat(copies, 1), self.valid.repeat(copies, 1)

@@ -1,9 +1,9 @@
 """What the page can be asked, as data: every row at every place, and what stands behind it.
 
 For each held place (an attributed position of a prompt): the rows' values; where each head looks
-from there and what it moved from each token (`unit="source"` of all heads); and the tokens that
-each row raises and lowers most. A page holds only so many numbers: of a large result the first
-places, the shown prompt's before others.
+from there and what it moved from each token (`unit="source"` of all heads); why the largest heads
+look there; and the tokens that each row raises and lowers most. A page holds only so many numbers:
+of a large result the first places, the shown prompt's before others.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.promotion import most_moved
+from tl_dla.analyses.score_reasons import reasons
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.core.run import CAUSE, run
@@ -24,9 +25,12 @@ from tl_dla.core.view import prompt_tokens
 from tl_dla.effects.audit import Audit
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.inputs.query import Query
+from tl_dla.inputs.selection import place_of_head
+from tl_dla.model.reader import ModelReader
 
 _MOST_NUMBERS = 400_000  # about heads at all places
 _MOST_PLACES = 48
+_MOST_REASONS = 32  # heads whose query and key are explained: the largest of the shown prompt
 _MOST_READ_OUT = 12  # places whose rows are read over the vocabulary, which takes the longest
 _MOST_ROWS = 3000  # of a unit with more: the largest
 _N_TOKENS = 6  # raised, and lowered
@@ -77,6 +81,7 @@ def evidence(
         "heads": [],
         "audit": {} if audit is None else _audited(audit, places),
         "refused": {},
+        "why": {},
     }
     if not result.has_tokens:
         return found
@@ -88,6 +93,8 @@ def evidence(
             found |= ask(result.query, places, keys)
         except UnsupportedModelError as error:
             found["refused"][name] = str(error)
+    if found["heads"]:
+        found["why"] = {shown: _reasons(result.query, places[0], found)}
     return found
 
 
@@ -194,6 +201,24 @@ def _sources(query: Query, places: Sequence[Place], _: Sequence[RowKey]) -> dict
         "heads": heads,
         "attention": [attention[place] for place in places],
         "moved": [moved[place] for place in places],
+    }
+
+
+def _reasons(query: Query, place: Place, found: dict[str, Any]) -> dict[str, str]:
+    """Why the largest heads look where they do from the last position of the shown prompt."""
+    size = {
+        label: sum(abs(values[i]) for values in found["values"][0])
+        for i, (label, *_) in enumerate(found["rows"])
+    }
+    heads = sorted(found["heads"], key=lambda head: -size.get(head, 0.0))[:_MOST_REASONS]
+    reader, one = ModelReader(query.model), at_places(query, place.prompt, [place.column])
+    n = one.prompts.packed.shape[1]
+    paid = {}
+    for head in heads:
+        own = found["attention"][0][found["heads"].index(head)]
+        paid[place_of_head(reader, head)] = torch.tensor([own + [0.0] * (n - len(own))])
+    return {
+        head: why for head, [why] in zip(heads, reasons(one, paid).values(), strict=True) if why
     }
 
 

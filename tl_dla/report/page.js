@@ -141,7 +141,10 @@ function drawOne(name, dark, width) {
   Object.assign($(name).style, {height: layout.height + "px", minWidth: least + "px"});
   if ($(name + "-note")) $(name + "-note").textContent = figure.note.join("\n");
   $(name).parentElement.setAttribute("aria-label", figure.label);
+  const words = width ? null : data[0].texttemplate;  // in cells: as long a task as all the rest
+  if (words) data[0].texttemplate = "";
   Plotly.react(name, data, layout, {responsive: true, displaylogo: false, showSendToCloud: false, showLink: false});
+  if (words) setTimeout(() => { if (drawn[name] === wanted) Plotly.restyle(name, {texttemplate: words}, [0]); });
 }
 function fit(name) {  // the panel may have taken room since the figure was drawn
   if ($(name)._fullLayout && Math.abs($(name)._fullLayout.width - $(name).clientWidth) > 1) Plotly.Plots.resize(name);
@@ -156,6 +159,7 @@ async function redraw(dark) {
     fit(name);
     reveal(name);
   }
+  await pause();
 }
 // A wide figure shows its chosen column, or its last ones.
 function reveal(name) {
@@ -249,12 +253,23 @@ function aboutSources(label, s) {
     gap = false;
     strip.append(tokenOf(text, prompt, i, move[i] ?? 0, most, attention[i] ?? 0));
   });
-  const last = Math.max(...asked.places.filter(([own]) => own === prompt).map(([, position]) => position));
-  const why = asked.places[s][1] === last ? (asked.why[prompt] ?? {})[label] : undefined;
   return [make("h3", {textContent: `Attention from ${placed(s)}, and what it moved`}), strip,
-    why ? make("p", {textContent: `${label} ${why}.`}) : null,
+    ...aboutWhy(label, s, read),
     tableOf(["token", "position", "attention", "moved"], shown.map(i => [quoted(tokens[i]), `${i}`, percent(attention[i] ?? 0), number(move[i] ?? 0)])),
-    make("p", {className: "soft", textContent: `All ${move.length} tokens add up to ${number(move.reduce((a, b) => a + b, 0))} logits.`})].filter(one => one !== null);
+    make("p", {className: "soft", textContent: `All ${move.length} tokens add up to ${number(move.reduce((a, b) => a + b, 0))} logits.`})];
+}
+// Who wrote its query and its key: of the largest heads in a sentence, of others the call that says it.
+function aboutWhy(label, s, read) {
+  if (!Object.values(asked.why).some(one => Object.keys(one).length)) return [];  // the model's scores are not read
+  const [prompt, position] = asked.places[s], tokens = asked.tokens[prompt], attention = asked.attention[s][headAt.get(label)];
+  const first = asked.places.findIndex(([own]) => own === prompt);  // its last attributed position
+  const why = s === first ? (asked.why[prompt] ?? {})[label] : undefined;
+  if (why) return [make("p", {textContent: `${label} ${why}.`})];
+  const versus = read.find(i => tokens[i] !== tokens[read[0]] && attention[i] > 0);
+  if (versus === undefined) return [make("p", {className: "soft", textContent: `${label} sees one sort of token only.`})];
+  const given = asked.n_prompts > 1 ? `prompts[${prompt}]` : "prompt";
+  return [make("p", {className: "soft", textContent: "Who wrote its query and key: "}, make("code", {textContent:
+    `attribute_attention(model, ${given}, "${label}", query=${position}, key=${read[0]}, versus=${versus})`}))];
 }
 function tint(value, most) {
   return `color-mix(in srgb, ${value >= 0 ? themes.positive : themes.negative} ${Math.round(80 * Math.abs(value) / most)}%, transparent)`;

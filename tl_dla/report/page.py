@@ -97,11 +97,9 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
     audit = None if shown.audit is None else fragments.audited(shown.audit)
     pictured = None if shown.audit is None else figures.audit(shown.audit)
     data = evidence(result, _other_parts(result, by_unit), prompt, shown.audit)
-    data["why"] = {
-        group.prompt: {card.label: card.why for card in group.cards if card.why}
-        for section in drawn
-        for group in section.heads
-    }
+    for group in (group for section in drawn for group in section.heads):
+        own = data["why"].setdefault(group.prompt, {})
+        own |= {card.label: card.why for card in group.cards if card.why}
     return embedded.template("tl_dla.report", "page.html").render(
         title=f"What wrote the logit of {view_of(result).words.target}",
         model=fragments.model(result),

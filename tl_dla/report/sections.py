@@ -26,7 +26,8 @@ from tl_dla.inputs.selection import Unit
 from tl_dla.report import fragments
 from tl_dla.report.evidence import Place
 
-_MOST_POSITIONS = 48  # of the lens, whose cells hold text
+_MOST_POSITIONS = 48  # of the lens
+_MOST_CELLS = 1500  # of the lens, whose text takes the browser a tenth of a millisecond each
 _MOST_LENSES = 192  # columns of all prompts' lenses together; each is read over the vocabulary
 _MOST_VIEWS = 24  # of a figure
 _MOST_ROWS = 200  # of a table of numbers
@@ -145,6 +146,10 @@ class Figures:
         wanted = (first.layout.meta or {}).get("least", 330)
         return Drawn(name, wanted, first.layout.height, label)
 
+    def note(self, of: Drawn) -> list[str]:
+        """What is said above a figure, as it is drawn first."""
+        return next(iter(self.drawn[of.name].values()))["note"]
+
     def audit(self, audit: Audit) -> Drawn:
         """The element for an audit, which is of all prompts."""
         label = f"direct and total effects of {len(audit.rows)} rows"
@@ -223,8 +228,8 @@ def sections(
         return {"heads": fragments.heads(own, patterns, prompts, shown.attention)}
 
     def lens() -> dict[str, Any]:
-        note = [f"logit lens, prompt {prompts[0]}"] if len(prompts) > 1 else []
-        return {"note": note, "figure": _lens(result, prompts, figures)}
+        figure = _lens(result, prompts, figures)
+        return {"figure": figure, "note": figures.note(figure)}
 
     found = []
     if isinstance(result, InputLedger):
@@ -267,9 +272,10 @@ def _drawn(result: Attribution, chosen: Sequence[Choice], figures: Figures) -> d
         several = len(own.samples) > 1 or len(chosen) > 1
         note = [*[where(own)] * several, own.words.certificate]
         drawn[choice.key] = (plots.plot(own, look=_UNTITLED), note, f"by {own.unit}, {where(own)}")
+    figure = figures.add(drawn)
     return {
-        "note": next(iter(drawn.values()))[1],
-        "figure": figures.add(drawn),
+        "note": figures.note(figure),
+        "figure": figure,
         "numbers": (f"{which} in numbers", Markup(table.html(shown))),
     }
 
@@ -294,7 +300,8 @@ def _flow(result: InputLedger, places: Sequence[Place], figures: Figures) -> dic
             Choice(),
         ):
             drawn.setdefault(choice.key, (figure, [about], f"flow, {about}"))
-    return {"figure": figures.add(drawn)}
+    figure = figures.add(drawn)
+    return {"figure": figure, "note": figures.note(figure)}
 
 
 def _lens(result: Attribution, prompts: Sequence[int], figures: Figures) -> Drawn:
@@ -303,19 +310,24 @@ def _lens(result: Attribution, prompts: Sequence[int], figures: Figures) -> Draw
     Of a long prompt the positions up to the last one attributed.
     """
     several = len(result.prompts.tokens) > 1
-    columns = min(_MOST_POSITIONS, int(result.prompts.length.max()))
+    points = 2 * result.model.cfg.n_layers + 1
+    most = max(12, min(_MOST_POSITIONS, _MOST_CELLS // points))
+    columns = min(most, int(result.prompts.length.max()))
     drawn = {}
     for prompt in prompts[: max(1, _MOST_LENSES // columns)]:
         length = int(result.prompts.length[prompt])
         at = result.positions.index[prompt][result.positions.valid[prompt]]
-        end = min(length, max(int(at.max()) + 1, _MOST_POSITIONS))
+        end = min(length, max(int(at.max()) + 1, most))
+        start = max(0, end - most)
         tokens = result.prompts.packed[prompt : prompt + 1, :length]
         ids = result.targets.ids[prompt % len(result.targets.ids), -1]
-        read = slice(max(0, end - _MOST_POSITIONS), end)
-        lens = logit_lens(result.model, tokens, candidate_tokens=ids, pos=read)
+        lens = logit_lens(result.model, tokens, candidate_tokens=ids, pos=slice(start, end))
         key = Choice(prompt if several else None).key
         label = f"logit lens, prompt {prompt}"
-        drawn[key] = (lens_grid(lens.view(), look=_UNTITLED), [label] if several else [], label)
+        about = [label] * several
+        if end - start < length:
+            about.append(f"positions {start} to {end - 1} of {length}")
+        drawn[key] = (lens_grid(lens.view(), look=_UNTITLED), about, label)
     return figures.add(drawn)
 
 
