@@ -1,6 +1,7 @@
 """`ActivationCache`'s methods: TransformerLens's own where they are right, autograd elsewhere."""
 
 import inspect
+from itertools import product
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tl_dla import (
     stack_head_results,
 )
 from tl_dla.errors import ArgumentError
+from tl_dla.inputs.positions import slice_class
 
 METHODS = [decompose_resid, accumulated_resid, stack_head_results, apply_ln_to_stack, logit_attrs]
 PLACES = [{}, {"layer": -1}, {"layer": 2}, {"layer": 0}, {"layer": 1, "mlp_input": True}]
@@ -121,6 +123,51 @@ def test_a_stack_without_rows_or_without_prompts_is_read_too():
             single.logit_attrs(stack, 5, 7, **options),
             1e-4,
         )
+
+
+@pytest.mark.parametrize("pos", [None, -1])
+def test_a_stack_of_one_prompt_is_read_beside_the_cache_of_all(pos):
+    """`batch_slice` then says which prompt of the cache the stack is of."""
+    _, cache = cached("gpt2", folded=True)
+    stack = cache.decompose_resid(pos_slice=pos)
+    for batch in (1, -2, slice_class()(1)):
+        options = dict(pos_slice=pos, batch_slice=batch)
+        one = stack[:, 1 if batch != -2 else 0]
+        for method, more in (("apply_ln_to_stack", ()), ("logit_attrs", (5, 7))):
+            ours, theirs = getattr(tl_dla, method), getattr(cache, method)
+            same(
+                ours(cache, one, *more, **options, has_batch_dim=False),
+                got := theirs(stack, *more, **options),
+                1e-4,
+            )
+            same(theirs(one, *more, **options, has_batch_dim=False), got, 1e-4)
+    with pytest.raises(ArgumentError, match="before d_model"):
+        logit_attrs(cache, one, 5, pos_slice=pos, batch_slice=[0, 1], has_batch_dim=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_cache_of_one_prompt_gives_its_row_of_the_batch(name):
+    _, cache = cached(name)
+    alone = cache.apply_slice_to_batch_dim(1)
+    for layer, pos, apply_ln in product([1, -1], [None, (1, 3), -1], [False, True]):
+        options = dict(layer=layer, pos_slice=pos, apply_ln=apply_ln)
+        for method in METHODS[:3]:
+            same(method(alone, **options), method(cache, **options)[:, 1])
+
+
+def test_the_last_layer_has_three_names_and_before_the_first_there_are_no_heads():
+    model, cache = cached("gpt2")
+    for method in METHODS[:3]:
+        last, *others = (method(cache, layer=layer, return_labels=True) for layer in (-1, None, 3))
+        for vectors, labels in others:
+            assert labels == last[1] and torch.equal(vectors, last[0])
+    none, labels = stack_head_results(cache, layer=0, pos_slice=-1, return_labels=True)
+    assert labels == [] and none.shape == (0, 2, model.cfg.d_model)
+    rest, labels = stack_head_results(cache, 0, True, incl_remainder=True)
+    assert labels == ["remainder"]
+    same(rest[0], cache["resid_pre", 0])  # theirs is the end of the stream: layer −1
+    outs = torch.stack([cache["attn_out", layer] for layer in range(2)])
+    same(decompose_resid(cache, 1, mlp_input=True, mode="attn", incl_embeds=False), outs)
 
 
 # ---- elsewhere: autograd on the plain module ----------------------------------------
@@ -227,5 +274,8 @@ def test_what_does_not_fit_is_said():
         decompose_resid(cache, mode="nothing")
     with pytest.raises(ArgumentError, match="take the stack with the same pos_slice"):
         logit_attrs(cache, rows, 5, pos_slice=-1)
+    one = cache.apply_slice_to_batch_dim(0)
+    with pytest.raises(ArgumentError, match="batch_slice is for a cache with an axis of prompts"):
+        logit_attrs(one, rows[:, 0], 5, batch_slice=0)
     with pytest.raises(ArgumentError, match="incl_bias adds a row"):
         apply_ln_to_stack(cache, rows[0], incl_bias=True)

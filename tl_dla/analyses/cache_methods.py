@@ -106,7 +106,7 @@ def accumulated_resid(
 
 def stack_head_results(
     cache: Any,
-    layer: int = -1,
+    layer: int | None = -1,
     return_labels: bool = False,
     incl_remainder: bool = False,
     pos_slice: Any = None,
@@ -157,7 +157,8 @@ def apply_ln_to_stack(
         layer: whose input they are; -1, None or the number of layers for the final norm's.
         mlp_input: the input of the layer's MLP, not of its attention.
         pos_slice: the positions that the stack was taken at; None for all.
-        batch_slice: the prompts to keep of the stack.
+        batch_slice: the prompts to keep of the stack, or the prompt that a stack without an axis of
+            prompts is of.
         has_batch_dim: whether the stack has an axis of prompts.
         recompute_ln: at the final norm, with statistics of each row's own and β: the logit lens.
         incl_bias: with the norm's β as a last row.
@@ -203,7 +204,7 @@ def logit_attrs(
         tokens: a string, an id, one per prompt `[batch]`, per position, or `[batch, pos]`.
         incorrect_tokens: the baseline, in the same forms.
         pos_slice: the positions that the stack was taken at; None for all.
-        batch_slice: the prompts to keep of the stack; `tokens` are theirs.
+        batch_slice: as in `apply_ln_to_stack`; `tokens` are those of these prompts.
         has_batch_dim: whether the stack has an axis of prompts.
 
     Raises:
@@ -245,10 +246,11 @@ def _sliced(
     chosen = Slice(batch_slice) if not isinstance(batch_slice, Slice) else batch_slice
     if chosen.mode == "identity":
         return cache, stack, batched
-    if not batched:
-        raise ArgumentError("batch_slice is for a cache and a stack with an axis of prompts.")
+    if not cache.has_batch_dim:
+        raise ArgumentError("batch_slice is for a cache with an axis of prompts; this has none.")
     cache = cache.apply_slice_to_batch_dim(chosen)
-    return cache, chosen.apply(stack, dim=1), cache.has_batch_dim
+    # A stack without an axis of prompts is of the prompt that is chosen.
+    return cache, chosen.apply(stack, dim=1) if batched else stack, batched and cache.has_batch_dim
 
 
 def _fitting(
