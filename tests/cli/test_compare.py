@@ -29,6 +29,12 @@ def test_two_prompts_are_compared_as_the_library_does(run, folder, tmp_path):
     )
     run(*ASKED, "--corrupted", OTHER, "--out", str(tmp_path / "rows.csv"))
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
+    page = tmp_path / "page.html"
+    assert run(*ASKED, "--corrupted", OTHER, "--out", str(page)) == ""
+    assert page.read_bytes() == found.report(tmp_path / "again.html").read_bytes()
+    assert json.loads(run(*ASKED, "--corrupted", OTHER, "--out", str(page), "--json")) | {
+        "command": 0
+    } == record | {"command": 0}
 
 
 def test_the_prediction_of_the_first_is_the_answer_of_both(run):

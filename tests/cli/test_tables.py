@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tests.zoo.build import build
 from tl_dla import direct_logit_attribution
-from tl_dla.analyses.completion import attribute_answer
+from tl_dla.analyses.completion import attribute_answer, attribute_completion
 from tl_dla.cli import main
 from tl_dla.cli.tables import Ledger, signed
 from tl_dla.loading import load_model
@@ -119,11 +119,36 @@ def test_a_completion_is_attributed_token_by_token_and_summed(run, folder):
     assert run(*given, "--csv").count("\n") == len(answer.to_dataframe()) + 1
 
 
+@pytest.mark.parametrize("baseline", ["mean", "runner-up"])
+def test_what_the_model_says_is_attributed_where_no_text_is_given(run, folder, tmp_path, baseline):
+    given = ["attribute", PROMPT, "--max-new-tokens", "5", "--incorrect", baseline, "--completion"]
+    answer = attribute_completion(load_model(folder), PROMPT, max_new_tokens=5, baseline=baseline)
+    page = tmp_path / "page.html"
+    record = json.loads(run(*given, "--json", "--out", str(page)))
+    assert record["attribution"] == answer.attribution[:, 0].tolist()
+    assert record["incorrect"] == baseline
+    assert [one["token"] for one in record["answer"]] == record["steps"][0]["tokens"]
+    assert [one["rank"] for one in record["answer"]] == [0] * 5  # it says what is likeliest
+    # The probabilities are those of transformers' own module.
+    ids = torch.tensor([[1, 5, 60, 7, 42, 8, *(one["id"] for one in record["answer"])]])
+    with torch.no_grad():
+        own = build("gpt2")[0](ids).logits[0, 5:-1].softmax(-1).gather(-1, ids[0, 6:, None])
+    probabilities = [one["probability"] for one in record["answer"]]
+    assert probabilities == pytest.approx(own[:, 0].tolist(), rel=1e-4)
+    assert run(*given).splitlines()[0] == f"difference of summed logits {answer.target(0)}"
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and text == answer_page(answer, tmp_path)
+
+
+def answer_page(answer, folder):
+    return answer.report(folder / "again.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("extra", "fragment"),
     [
         (["--incorrect-id", "5"], "--completion is compared with one text"),
-        (["--incorrect", "mean"], "--completion is compared with one text"),
+        (["--incorrect", "w5", "--incorrect", "w6"], "--completion is compared with one text"),
         (["--audit"], "--audit does not go with --completion"),
         (["--pos", "0"], "--pos does not go with --completion"),
     ],
@@ -132,6 +157,12 @@ def test_flags_without_meaning_beside_a_completion_are_refused(folder, capsys, e
     argv = ["attribute", PROMPT, "--completion", "w8 w9", "--model", folder, *extra]
     assert main(argv) == 2
     assert fragment in capsys.readouterr().err
+
+
+def test_what_the_model_says_is_compared_with_no_other_text(folder, capsys):
+    argv = ["attribute", PROMPT, "--incorrect", "w8", "--model", folder, "--completion"]
+    assert main(argv) == 2
+    assert "give --completion TEXT to compare it with another" in capsys.readouterr().err
 
 
 def test_the_audit_is_the_librarys(run, folder):

@@ -105,6 +105,14 @@ class AnswerAttribution:
         total, other = self.steps.logit.nansum(-1), self.baseline_steps
         return total if other is None else total - other.logit.nansum(-1)
 
+    def target(self, prompt: int = 0) -> str:
+        """What is attributed of one prompt, in words: the answer, less what it is compared with."""
+        target = repr("".join(self.answers[prompt]))
+        if self.baselines:
+            return f"{target} − {''.join(self.baselines[prompt])!r}"
+        names = {"mean": "mean of the vocabulary", "runner-up": "each token's runner-up"}
+        return target if self.against is None else f"{target} − {names[self.against]}"
+
     @property
     def remark(self) -> str:
         """Where answer and baseline differ in length, in a sentence; else empty."""
@@ -242,7 +250,7 @@ class AnswerAttribution:
         samples = [
             replace(sample, token=token) for sample, token in zip(view.samples, tokens, strict=True)
         ]
-        words = replace(view.words, target=self._target(prompt))
+        words = replace(view.words, target=self.target(prompt))
         return replace(view, samples=samples, words=words)
 
     def _summed_view(self, prompt: int | None) -> View:
@@ -251,7 +259,7 @@ class AnswerAttribution:
         first = {sample.prompt: sample for sample in reversed(view.samples)}
         prompts = sorted(first)
         numbers = [x.detach().cpu().double().numpy() for x in (self.attribution, self.logit)]
-        target = self._target(prompts[0]) if len(prompts) == 1 else "each prompt's own answer"
+        target = self.target(prompts[0]) if len(prompts) == 1 else "each prompt's own answer"
         certificate = f"{'✓' if self.reconstruction.passed else '✗'} {self.reconstruction}"
         return replace(
             view,
@@ -266,13 +274,6 @@ class AnswerAttribution:
             ),
         )
 
-    def _target(self, prompt: int) -> str:
-        target = repr("".join(self.answers[prompt]))
-        if self.baselines:
-            return f"{target} − {''.join(self.baselines[prompt])!r}"
-        names = {"mean": "mean of the vocabulary", "runner-up": "each token's runner-up"}
-        return target if self.against is None else f"{target} − {names[self.against]}"
-
     def _repr_html_(self) -> str:
         """What a notebook shows: the answer as text by likelihood, the sums, the certificate."""
         from tl_dla.figures.table import notebook_html
@@ -285,7 +286,7 @@ class AnswerAttribution:
 
     def __repr__(self) -> str:
         """The rows that matter for the first prompt, and the certificate."""
-        title = f"AnswerAttribution: {shorten(self._target(0))}"
+        title = f"AnswerAttribution: {shorten(self.target(0))}"
         lines = [f'{title}, unit="{self.steps.unit}", {len(self.answers[0])} steps']
         rows = self.top(8, prompt=0)
         width = max(len(label) for label, _ in rows)

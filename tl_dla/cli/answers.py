@@ -96,13 +96,11 @@ def completion_output(
     answer: "AnswerAttribution", tokens: list[list[Prediction]], args: argparse.Namespace
 ) -> Output:
     """The attribution of one prompt's answer of several tokens, and of its baseline if any."""
-    steps = answer.steps
+    steps, target = answer.steps, answer.target(0)
     total = answer.reconstruction.reconstructed.nansum(-1)
     sides = [answer.steps, *[answer.baseline_steps] * bool(answer.baselines)]
-    texts = ["".join(one.token for one in row) for row in tokens]
-    what = "difference of summed logits" if args.incorrect else "sum of logits"
     heading = [
-        f"{what} {' − '.join(map(repr, texts))}",
+        f"{'difference of summed logits' if args.incorrect else 'sum of logits'} {target}",
         f'after {args.prompt!r}, unit="{steps.unit}"',
         *map(_probabilities, tokens),
     ]
@@ -125,7 +123,7 @@ def completion_output(
             "model": args.model,
             "prompt": args.prompt,
             "answer": [vars(token) for token in tokens[0]],
-            "incorrect": [vars(token) for row in tokens[1:] for token in row],
+            "incorrect": answer.against or [vars(token) for row in tokens[1:] for token in row],
             **rows_of(steps),
             "attribution": answer.attribution[:, 0].tolist(),
             "logit": float(answer.logit[0]),
@@ -142,6 +140,7 @@ def completion_output(
         },
         answer.to_dataframe,
         warning=warning,
+        page=answer.report,
     )
 
 

@@ -27,6 +27,7 @@ def _place(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
+GENERATED = object()  # --completion without a text
 _OWN = "the model's own top prediction without it"
 _UNITS = "component (default), layer, head, neuron, source"
 _MODELS = "demo (default), smollm2, gemma3, a folder, a .gguf file or a hub id"
@@ -50,9 +51,18 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "in place of --answer: a column for each of these", "TOKEN", nargs="+", default=None
     ),
     "--completion": _flag(
-        "in place of --answer: what follows the prompt, of any number of tokens; their logits are"
-        " added up, and --incorrect is another text",
+        "in place of --answer: what follows the prompt, of any number of tokens; without TEXT what"
+        " the model says. Their logits are added up, and --incorrect is another text, mean, or"
+        " runner-up (the likeliest other token of each)",
         "TEXT",
+        nargs="?",
+        const=GENERATED,
+    ),
+    "--max-new-tokens": _flag(
+        "how many tokens the model says at most, for --completion without TEXT (default 32)",
+        "N",
+        type=_count,
+        default=32,
     ),
     "--incorrect": _flag(f"a token to compare with; {_MEAN}", "TOKEN", action="append"),
     "--incorrect-id": _flag("the same, by id", "ID", dest="incorrect", action="append", type=int),
@@ -134,10 +144,13 @@ in the table:
 _SUBCOMMANDS = {
     "attribute": _Subcommand(
         "Split a logit, or a logit difference, into what each part of the model wrote to it",
-        "prompt --pos --answer --answer-id --candidates --completion --incorrect --incorrect-id"
-        f" {_MODEL} --unit --layer --head --top --audit --out --json --csv",
+        "prompt --pos --answer --answer-id --candidates --completion --max-new-tokens --incorrect"
+        f" --incorrect-id {_MODEL} --unit --layer --head --top --audit --out --json --csv",
         f"{_IOI.format('attribute')} --answer ' Mary' --incorrect ' John' --unit head --top 10",
-        {"--top": {"default": None}},
+        {
+            "--top": {"default": None},
+            "--out": {"help": f"write there: {_FORMS}, .html is the page of a --completion"},
+        },
         _WORDS,
     ),
     "compare": _Subcommand(
@@ -146,7 +159,7 @@ _SUBCOMMANDS = {
         f" {_MODEL} --unit --layer --head --top --out --json --csv",
         f"{_IOI.format('compare')} --corrupted 'When John and Mary went to the shops, Mary gave the"
         " bag to' --answer ' Mary' --incorrect ' John' --unit head",
-        {},
+        {"--out": {"help": f"write there: {_FORMS}, .html is a page"}},
         "in the table:\n"
         "  wrote  what the part wrote differently, read out as the two runs do on average\n"
         "  read   the readout's own change (norm scale, unembedding), of what was written\n\n",

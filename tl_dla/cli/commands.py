@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +21,9 @@ from tl_dla.cli.answers import (
     lens_output,
     rest_warning,
 )
+from tl_dla.cli.arguments import GENERATED
 from tl_dla.cli.messages import tell
-from tl_dla.cli.output import Output, require_file, require_writable
+from tl_dla.cli.output import Output, require_file, require_writable, wrote
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError, TlDlaError
 from tl_dla.inputs.positions import Positions, read_positions
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 def attribute(args: argparse.Namespace) -> Output:
     """`tl-dla attribute`."""
-    require_writable(args)
+    require_writable(args, page=args.completion is not None)
     if args.completion is not None:
         answer = completed(args)
-        sides = [answer.steps, answer.baseline_steps]
-        tokens = [predictions(side)[0] for side in sides if side is not None]
+        other = answer.baseline_steps
+        tokens = [said(answer), *([] if other is None else predictions(other))]
         return completion_output(answer, tokens, args)
     result = attributed(args)
     audit = None
@@ -54,7 +54,7 @@ def compare(args: argparse.Namespace) -> Output:
     """`tl-dla compare`."""
     from tl_dla.cli.compare import comparison_output, other_side
 
-    require_writable(args)
+    require_writable(args, page=True)
     against = other_side(args)
     a = attributed(args)
     if args.answer is None:  # the first one's prediction is the answer of both
@@ -87,23 +87,19 @@ def scores(args: argparse.Namespace) -> Output:
     return scores_output(result, args)
 
 
-def inputs(args: argparse.Namespace) -> Output | None:
+def inputs(args: argparse.Namespace) -> Output:
     """`tl-dla inputs`."""
     from tl_dla.cli.inputs import inputs_output
     from tl_dla.input_attribution import attribute_inputs
 
-    page = (args.out or "").endswith(".html")
-    require_file(args.out) if page else require_writable(args)
+    require_writable(args, page=True)
     read_stdin(args)
     model = load(args)
     answer = asked(model, args)
     result = attribute_inputs(
         model, args.prompt, answer, incorrect(args), mlp=args.mlp, pos=args.pos
     )
-    if not page:
-        return inputs_output(result, predictions(result)[0], args)
-    wrote(result.report(args.out, command=args.command), args)
-    return None
+    return inputs_output(result, predictions(result)[0], args)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -184,24 +180,28 @@ def completed(args: argparse.Namespace) -> "AnswerAttribution":
     Raises:
         ArgumentError: for flags that have no meaning beside a completion.
     """
-    from tl_dla.analyses.completion import attribute_answer
+    from tl_dla.analyses.completion import attribute_answer, attribute_completion
 
     require_unit(args.unit)
-    baseline = incorrect(args)
-    if not (baseline is None or isinstance(baseline, str)) or baseline == "mean":
-        raise ArgumentError("--completion is compared with one text: give one --incorrect TEXT.")
+    baseline: Any = incorrect(args)
+    if isinstance(baseline, int | list):
+        raise ArgumentError(
+            "--completion is compared with one text: give one --incorrect TEXT, mean or runner-up."
+        )
+    if args.completion is GENERATED and baseline not in (None, "mean", "runner-up"):
+        raise ArgumentError(
+            "What the model says is compared with --incorrect mean or runner-up; give --completion"
+            " TEXT to compare it with another text."
+        )
     if args.pos != -1 or args.audit:
         flag = "--audit" if args.audit else "--pos"
         raise ArgumentError(f"{flag} does not go with --completion, which follows the prompt.")
     read_stdin(args)
-    return attribute_answer(
-        load(args),
-        args.prompt,
-        args.completion,
-        baseline,
-        unit=args.unit,
-        layers=args.layers,
-        heads=args.heads,
+    model, options = load(args), dict(unit=args.unit, layers=args.layers, heads=args.heads)
+    if args.completion is not GENERATED:
+        return attribute_answer(model, args.prompt, args.completion, baseline, **options)
+    return attribute_completion(
+        model, args.prompt, max_new_tokens=args.max_new_tokens, baseline=baseline, **options
     )
 
 
@@ -215,11 +215,6 @@ def asked(model: Any, args: argparse.Namespace) -> str | int:
     [token] = token_strings(model, torch.tensor([answer]))
     tell(f"{args.subcommand}: no --answer, so this is the model's own prediction, {token!r}")
     return answer
-
-
-def wrote(path: Path, args: argparse.Namespace) -> None:
-    """Say which page was written."""
-    tell(f"{args.subcommand}: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def read_stdin(args: argparse.Namespace) -> None:
@@ -263,6 +258,13 @@ def next_token(
 ) -> Float[Tensor, "batch pos vocab"]:
     """The model's own probabilities of what comes after each position."""
     return positions.take(model(prompts.packed, return_type="logits")).float().softmax(-1)
+
+
+def said(answer: "AnswerAttribution") -> list[Prediction]:
+    """How likely the model found each token of an answer, as it was attributed."""
+    ids = answer.steps.targets.ids[0, :, 0].tolist()
+    columns = ids, answer.answers[0], answer.log_probs[0].exp().tolist(), answer.ranks[0].tolist()
+    return [Prediction(*one) for one in zip(*columns, strict=True)]
 
 
 def predictions(result: Attribution) -> list[list[Prediction]]:

@@ -43,6 +43,7 @@ def comparison_output(a: Attribution, b: Attribution, args: argparse.Namespace) 
         lambda: _table(comparison, args),
         lambda: _record(comparison, args),
         comparison.to_dataframe,
+        page=comparison.report,
     )
 
 

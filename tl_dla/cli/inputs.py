@@ -1,6 +1,7 @@
 """The answer of `tl-dla inputs`: the prompt coloured by its tokens' rows, and the rows."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -47,6 +48,7 @@ def inputs_output(
         },
         result.to_dataframe,
         warning=warning,
+        page=partial(result.report, command=args.command),
     )
 
 

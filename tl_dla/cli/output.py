@@ -29,7 +29,7 @@ _VERSIONS = ("tl-dla", "transformer-lens", "transformers", "torch")
 
 @dataclass(frozen=True)
 class Output:
-    """One answer in its three forms; only the form asked for is made.
+    """One answer in its three forms, and a page where it has one; what is asked for is made.
 
     `warning` is a line that the table holds itself, and stderr has beside the other forms.
     """
@@ -39,12 +39,22 @@ class Output:
     frame: Callable[[], "pd.DataFrame"]
     code: int = 0
     warning: str = ""
+    page: Callable[[str], Path] | None = None
 
     def write(self, args: argparse.Namespace) -> int:
-        """Write to `--out`, or to stdout; returns the command's exit code."""
+        """Write to `--out`, or to stdout; returns the command's exit code.
+
+        Beside a page, what `--json` or `--csv` asks for goes to stdout.
+        """
+        page = self.page if _is_page(args) else None
+        if page is not None:
+            wrote(page(args.out), args)
+            args.out = None
         form = _form(args)
-        if self.warning and form != "table":
+        if self.warning and (page is not None or form != "table"):
             tell(f"warning: {self.warning}")
+        if page is not None and form == "table":
+            return self.code
         if args.out is not None:
             content = self._content(form, args.command)
             with aside(Path(args.out)) as file:
@@ -72,9 +82,19 @@ class Output:
         return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()).encode()
 
 
-def require_writable(args: argparse.Namespace) -> None:
-    """Raise, before anything is computed, where `--out` cannot be written in a form we have."""
+def wrote(path: Path, args: argparse.Namespace) -> None:
+    """Say which page was written."""
+    tell(f"{args.subcommand}: wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def require_writable(args: argparse.Namespace, page: bool = False) -> None:
+    """Raise, before anything is computed, where `--out` cannot be written in a form we have.
+
+    `page` says whether a page is one of them.
+    """
     require_file(args.out)
+    if page and _is_page(args):
+        return
     if _form(args) == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ArgumentError(
             f"--out {args.out!r} needs pyarrow: pip install 'tl-dla[dataset]', or write a .csv."
@@ -90,6 +110,10 @@ def require_file(out: str | None) -> None:
         raise ArgumentError(f"--out must name a file; {out!r} is a folder.")
     if not path.parent.is_dir():
         raise ArgumentError(f"--out {out!r} cannot be written: there is no folder {path.parent}.")
+
+
+def _is_page(args: argparse.Namespace) -> bool:
+    return Path(args.out or "").suffix.lower() == ".html"
 
 
 def _form(args: argparse.Namespace) -> str:
