@@ -292,7 +292,7 @@ class Score:
         index = self.query.positions.index[:, 1:].to(form.q.device)
         pattern = kept[self.pattern][:, 0, self.head].to(form.q)
         paid = pattern.gather(1, index)
-        eps = self.reader.machine_eps
+        eps = self.reader.map_eps
         if self.qk.in_float32 or bool((pattern.float() == pattern).all()):
             eps = max(eps, EPS32)  # scores or a softmax in float32, whatever the model is in
         if self._n_keys == 2:

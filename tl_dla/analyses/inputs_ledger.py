@@ -192,7 +192,7 @@ def _ledger(once: Run, network: Network, of: type[Ledger], progress: bool) -> Le
     if not query.include_bias:
         expected = expected - sum(group.values[0] for group in ends)
         rows = rows.without_constants()
-    eps = max(network.reader.machine_eps, once.kept.machine_eps)
+    eps = max(network.reader.map_eps, once.kept.machine_eps)
     wanted = Wanted(expected, logits, base.reconstruction.against, eps, once.unchecked)
     # The rows are those of candidates: no tokens are left to add up.
     alone = replace(query, targets=replace(query.targets, weights=None))

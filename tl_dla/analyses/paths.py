@@ -119,7 +119,7 @@ def attribute_path(
         rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
         rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
         ratio, size = rows.ratio, end.size.reshape(shape)
-        eps = reader.machine_eps
+        eps = reader.map_eps
         wanted = Wanted(
             end.moved.reshape(shape) * ratio, size * ratio, f"row {hops[-1].label}", eps
         )

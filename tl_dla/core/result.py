@@ -26,10 +26,9 @@ from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
-    from typing import Self
-
     import pandas as pd
     import plotly.graph_objects as go
+    from typing_extensions import Self
 
 _SHOWN = 12
 

@@ -335,7 +335,7 @@ def _result(run: Run, of: type[Result]) -> Result:
     against = (
         OWN_LOGIT if kept.logits is not None else "the cache's final residual stream, read out"
     )
-    eps = max(parts.reader.machine_eps, kept.machine_eps)
+    eps = max(parts.reader.map_eps, kept.machine_eps)
     wanted = Wanted(expected, logits, against, eps, run.unchecked)
     norm = parts.reader.stream().norm
     known = parts.scaled(kept, query.positions)

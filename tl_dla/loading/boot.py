@@ -48,14 +48,23 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
     """A loaded model of `transformers`, wrapped; by TransformerLens 2 copied.
 
     Raises:
-        UnsupportedModelError: for a model that TransformerLens 2 does not know.
+        UnsupportedModelError: for a model that TransformerLens 2 does not know, and for one whose
+            quantised weights TransformerLens would have to split.
     """
     name, options = model.name_or_path, dict(hf_model=model, tokenizer=tokenizer)
     with quietly():
         if not HAS_BRIDGE and _is_known_to_hooked_transformer(name):
             return boot_hooked(name, device=device, dtype=dtype, **options).eval()
         options |= dict(device=device, dtype=dtype)
-        return bridge(name or type(model).__name__, **options).eval()
+        try:
+            return bridge(name or type(model).__name__, **options).eval()
+        except RuntimeError as error:  # it splits a joint weight of queries, keys and values
+            if not getattr(model, "is_quantized", False):
+                raise
+            raise UnsupportedModelError(
+                f"TransformerLens cannot wrap this {type(model).__name__} with its weights kept"
+                f" quantised ({error}): pass hf_model.dequantize()."
+            ) from error
 
 
 def boot_demo(device: str | torch.device | None, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ The one module that knows how `HookedTransformer` and `TransformerBridge` name t
 their modules. Every reader of a part holds a `Hooks`.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,12 @@ class Site:
 
 
 class Hooks:
-    """The hooks of a model, by name."""
+    """The hooks of a model, by name.
+
+    `map_eps` is the machine epsilon of the packed linear maps that were read so far.
+    """
+
+    map_eps = 0.0
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -78,7 +84,8 @@ class Hooks:
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
             own = own_map(inner, next(p for p in self.model.parameters() if p.is_floating_point()))
             if own is not None:
-                return own, bias
+                self.map_eps = max(self.map_eps, own[1])
+                return own[0], bias
             raise self.refusal(
                 f"{needed_for} needs the weight of {at} as a matrix, but {class_name(inner)} in"
                 " {} holds it in another form",
@@ -138,19 +145,27 @@ def is_quantised(weight: Any) -> bool:
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
 
 
-def own_map(module: Any, like: Tensor) -> Tensor | None:
+def own_map(module: Any, like: Tensor) -> tuple[Tensor, float] | None:
     """A linear module's weight as `[in, out]`, from what it makes of each coordinate alone.
 
-    For weights that are packed in a form of their own (bitsandbytes, GPTQ). None where the module
-    does not say how many numbers it reads.
+    For weights that are packed in a form of their own (bitsandbytes, GPTQ), with the machine
+    epsilon of what the module makes of vectors: its kernel may round more than the model does, and
+    what it reads as well. None where the module does not say how many numbers it reads.
     """
     n = getattr(module, "in_features", None)
     if not isinstance(n, int):
         return None
-    eye = torch.eye(n, dtype=like.dtype, device=like.device)
+    bare = copy.copy(module)  # added and taken away again, a bias would cost digits
+    bare._parameters = {**module._parameters, "bias": None}
+    x = torch.randn(8, n, generator=torch.Generator().manual_seed(0))
+    x = x.pow(3) / x.abs().max() ** 3  # as activations are, a few far larger
+    rows = torch.cat([torch.zeros(1, n), torch.eye(n), x]).to(like)
     with torch.no_grad():
-        bias = module(torch.zeros_like(eye[:1]))
-        return torch.cat([module(rows) - bias for rows in eye.split(_ROWS_AT_ONCE)])
+        made = torch.cat([bare(part) for part in rows.split(_ROWS_AT_ONCE)])
+        weight, of_x = (made[1:] - made[0]).split([n, len(x)])
+        exact = upcast(rows[-len(x) :]) @ upcast(weight)
+        miss = (upcast(of_x) - exact).norm() / exact.norm()
+    return weight, 12**0.5 * float(miss)  # rounding is uniform, as in `core/rounding.py`
 
 
 # Hooks live on the model, which threads may share: one pass at a time.

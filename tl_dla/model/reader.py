@@ -60,6 +60,11 @@ class ModelReader:
         """How the layer's values are made; see `values_of`."""
         return values_of(self._attention, layer, d_head)
 
+    @property
+    def map_eps(self) -> float:
+        """Machine epsilon of the stream, its norms, and the linear maps that were read so far."""
+        return max(self.machine_eps, self._attention.hooks.map_eps)
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in, whose rounding the stream carries."""
