@@ -10,14 +10,17 @@ import transformers
 from transformers.utils import logging
 
 MODELS = ("gpt2-size", "smollm2")
+LLAMA = "llama-1b"  # 1.2 billion random parameters in bfloat16, as published: not folded
 
 logging.disable_progress_bar()
 
 
 def boot(name: str) -> Any:
-    """A folded `TransformerBridge`, which both tools can read."""
+    """A `TransformerBridge`, folded but for the large one, so that both tools can read it."""
     if name == "gpt2-size":
         return random_gpt2()
+    if name == LLAMA:
+        return _booted(_saved(name, _llama(), torch.bfloat16), torch.bfloat16)
     from tl_dla import load_model
 
     return _folded(load_model(name))
@@ -25,10 +28,30 @@ def boot(name: str) -> Any:
 
 def random_gpt2(**sizes: int) -> Any:
     """GPT-2 with random weights, of GPT-2 small's size unless told otherwise."""
+    config = transformers.GPT2Config(n_positions=1024, **sizes)
+    config.architectures = ["GPT2LMHeadModel"]
+    name = "-".join(["gpt2", *(f"{key}{n}" for key, n in sizes.items())])
+    return _folded(_booted(_saved(name, config, torch.float32), torch.float32))
+
+
+def _llama() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def _booted(folder: Path, dtype: torch.dtype) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    folder = str(_saved(sizes))
-    return _folded(TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32))
+    return TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype).eval()
 
 
 def _folded(model: Any) -> Any:
@@ -36,18 +59,16 @@ def _folded(model: Any) -> Any:
     return model.eval()
 
 
-def _saved(sizes: dict[str, int]) -> Path:
+def _saved(name: str, config: Any, dtype: torch.dtype) -> Path:
     """The model as files, with a tokenizer that nothing uses but the loader."""
-    name = "-".join(["tl_dla-benchmark", *(f"{key}{n}" for key, n in sizes.items())])
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"tl_dla-benchmark-{name}-{os.getuid()}"
     if (folder / "done").exists():
         return folder
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_positions=1024, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config.architectures = ["GPT2LMHeadModel"]
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config.architectures = config.architectures
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     transformers.PreTrainedTokenizerFast(

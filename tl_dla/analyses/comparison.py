@@ -16,6 +16,7 @@ and with an ablation: rows are multiplied by numbers that both results hold. Els
 answers) each model runs once more, with the other's readout pulled back through it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -78,7 +79,7 @@ class Comparison(Keyed):
         targets: what is attributed in a and in b, in words.
     """
 
-    keys: list[RowKey]
+    keys: Sequence[RowKey]
     values_a: Float[Tensor, "row batch pos candidate"]
     values_b: Float[Tensor, "row batch pos candidate"]
     values_wrote: Float[Tensor, "row batch pos candidate"]

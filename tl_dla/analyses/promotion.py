@@ -6,7 +6,9 @@ prompt; the vocabulary is then read chunk by chunk. A soft cap is frozen at each
 capped/raw.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
-from tl_dla.core.result import Attribution
+from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.rows import RowKey
-from tl_dla.core.run import require_rerun
-from tl_dla.core.taps import Tap, exact, forward
+from tl_dla.core.run import again
+from tl_dla.core.taps import Kept, Tap, exact, forward
 from tl_dla.core.vectors import vectors_of
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.positions import Positions
@@ -80,7 +82,7 @@ def promoted_tokens(
 ) -> PromotedTokens:
     """The tokens whose logits a row raises and lowers most; see `result.promoted_tokens`."""
     key = result.keys[result.index(label)]
-    require_rerun(result)
+    require_input(result)
     if k < 1 or chunk_size < 1:
         raise ArgumentError(
             f"k and chunk_size must be at least 1; {k} and {chunk_size} were given."
@@ -91,10 +93,10 @@ def promoted_tokens(
             " row of direct_logit_attribution, such as a head or a neuron."
         )
     row = _one(prompt, len(result.prompts.tokens), "prompt", "prompts")
-    places = result.positions.index[row][result.positions.valid[row]]
-    place = places[_one(position, len(places), "position", "attributed positions")]
+    n = int(result.positions.valid[row].sum())
+    column = _one(position, n, "position", "attributed positions")
     with exact():
-        wrote, total = _vectors(result, key, row, place.reshape(1, 1))
+        wrote, total = _vectors(result.select(prompt=row, position=column), key)
         effect = _effect(result, None if key == B_U else wrote, total, chunk_size)
     return PromotedTokens(label, effect, _top(result, effect, k, 1), _top(result, effect, k, -1))
 
@@ -119,7 +121,8 @@ def most_moved(
     found: list[dict[str, tuple[Moved, Moved]]] = [{} for _ in query.positions.index[0]]
     with exact():
         for unit in units:
-            keys, wrote, total = _read_out(query, vectors_of(reader, unit))
+            read = partial(forward, query, logits=False)
+            keys, wrote, total = _read_out(vectors_of(reader, unit), query.positions, read)
             for p, moved in enumerate(found):
                 tokens, effects = _extremes(query, wrote[:, 0, p], total[0, p], (k, chunk_size))
                 names = iter(token_strings(query.model, tokens.flatten()))
@@ -139,7 +142,7 @@ def _extremes(
     k, chunk_size = size
     sides: list[tuple[Tensor, Tensor]] = []
     for chunk in Unembedding(query.model, ModelReader(query.model).stream(), chunk_size).chunks():
-        effect = (wrote @ chunk.columns) * chunk.ratio(total)
+        effect = chunk.moved(wrote) * chunk.ratio(total)
         for side, sign in enumerate((1, -1)):
             top = (sign * effect).topk(min(k, effect.shape[1]))
             values, ids = top.values, top.indices + chunk.part.start
@@ -156,15 +159,15 @@ def _extremes(
 
 
 def _read_out(
-    query: Query, parts: Decomposition
-) -> tuple[list[RowKey], Float[Tensor, "row batch pos d"], Float[Tensor, "batch pos d"]]:
+    parts: Decomposition, positions: Positions, read: Callable[[Sequence[Tap]], Kept]
+) -> tuple[Sequence[RowKey], Float[Tensor, "row batch pos d"], Float[Tensor, "batch pos d"]]:
     """What each row, and all of them, give to the unembedding."""
     stream, taps = parts.reader.stream(), parts.taps
     norm = stream.norm
     if norm is not None:
         taps = [*taps, Tap(norm.site, lambda x: norm.scale(upcast(x)))]
-    kept = forward(query, taps, logits=False)
-    rows = parts.rows(kept, query.positions)
+    kept = read(taps)
+    rows = parts.rows(kept, positions)
     wrote, total = rows.values, rows.total
     if norm is not None:
         scale = kept[taps[-1]]
@@ -191,14 +194,14 @@ def _one(given: int | None, n: int, name: str, names: str) -> int:
     return index % n
 
 
-def _vectors(
-    result: Attribution, key: RowKey, row: int, place: Int[Tensor, "1 1"]
-) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """What the row, and all of them, give to the unembedding at one position of one prompt."""
+def _vectors(result: Attribution, key: RowKey) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """What the row, and all of them, give to the unembedding, of one position of one prompt."""
     parts = vectors_of(ModelReader(result.model), *_unit(result, key))
-    positions = Positions(place, torch.ones_like(place).bool(), True, False)
-    query = replace(result.query.part(slice(row, row + 1)), positions=positions)
-    keys, vectors, total = _read_out(query, parts)
+
+    def read(taps: Sequence[Tap]) -> Kept:
+        return again(result, "component", taps=taps).kept
+
+    keys, vectors, total = _read_out(parts, result.positions, read)
     found = dict(zip(keys, vectors, strict=True))
     wrote, norm = found.get(key, torch.zeros_like(total)), parts.reader.stream().norm
     if norm is not None and key == LN_FINAL_B and norm.beta is not None:
@@ -231,6 +234,6 @@ def _effect(
     effects = []
     stream = ModelReader(result.model).stream()
     for chunk in Unembedding(result.model, stream, chunk_size).chunks():
-        moved = chunk.bias if wrote is None else wrote @ chunk.columns
+        moved = chunk.bias if wrote is None else chunk.moved(wrote)
         effects.append(moved * chunk.ratio(total))
     return torch.cat(effects)

@@ -67,7 +67,7 @@ class Effects(Keyed):
     """
 
     values: Float[Tensor, "row batch pos candidate source"]
-    keys: list[RowKey]
+    keys: Sequence[RowKey]
     unit: EffectUnit
     lines: Lines
     query: Query = field(repr=False)

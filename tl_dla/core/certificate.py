@@ -265,9 +265,7 @@ def certify(
         values.abs().sum(0) * scale,
     )
     allowed = tolerance(sizes)
-    rests = {
-        key.label: added(rows.values[i]) for i, key in enumerate(rows.keys) if key.kind == "rest"
-    }
+    rests = {key.label: added(rows.values[i]) for key, i in rows.of_kind("rest")}
     return Reconstruction(
         query.shaped(targets.added(wanted.value)),
         added(values.sum(0)),

@@ -1,5 +1,6 @@
 """`LabelledRows`: the rows of a result, what each is, and what they add up to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class LabelledRows(Keyed):
     """
 
     values: Float[Tensor, "row batch pos candidate"]
-    keys: list[RowKey]
+    keys: Sequence[RowKey]
     unit: Unit | Literal["input"]
     reconstruction: Reconstruction
     query: Query

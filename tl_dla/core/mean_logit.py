@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.taps import Kept, Tap
-from tl_dla.model.hooks import upcast
+from tl_dla.model.hooks import product, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import Unembedding
 
@@ -49,7 +49,7 @@ def capped_mean(reader: ModelReader, read: Callable[[Sequence[Tap]], Kept]) -> M
     direction, bias = torch.zeros_like(y), torch.zeros_like(y[..., 0])
     for chunk in unembed.chunks():
         ratio = chunk.ratio(y)
-        direction += ratio @ chunk.columns.mT
+        direction += product(chunk.columns, ratio)
         bias += ratio @ chunk.bias
     n = unembed.d_vocab
     return Mean((direction / n)[:, :, None], (bias / n)[:, :, None])

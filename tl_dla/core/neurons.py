@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_dla.core.heads import RowSplit, sums
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitRows
+from tl_dla.core.rows import Keys, RowGroup, RowKey, ScaledKept, SplitRows
 from tl_dla.core.taps import Tap
 from tl_dla.model.hooks import upcast
 from tl_dla.model.mlp import MLP, Experts
@@ -72,7 +72,9 @@ class NeuronSplit(RowSplit):
         keep = self.keep if largest is None else largest
         layer, bias, values = self.layer, self.bias(kept), self.values(kept, keep)
         chosen = range(values.shape[-1]) if keep is None else keep
-        keys = [RowKey("neuron", layer, index=neuron) for neuron in chosen]
+        keys = Keys(
+            len(chosen), lambda: (RowKey("neuron", layer, index=n) for n in chosen), "neuron"
+        )
         values = rearrange(values, "batch pos token neuron -> neuron batch pos token")
         first = [RowGroup(keys, values)]
         if self.alone:

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model.hooks import upcast
+from tl_dla.model.hooks import product, upcast
 from tl_dla.model.norms import Norm
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -103,14 +103,12 @@ class Readout:
 
     def through_linear(self, weight: Float[Tensor, "*place d"]) -> "Readout":
         """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""
-        weight = weight.to(self.direction)
         *place, d = weight.shape
         if self.is_identity:
-            return Readout(weight.movedim(-1, 0)[None, None], self.norms, self.scale)
-        lead = self.direction.shape[:-1]
-        # The weight first: reading it is most of the work where few tokens are attributed.
-        direction = (weight.reshape(-1, d) @ self.direction.reshape(-1, d).mT).mT
-        return replace(self, direction=direction.contiguous().reshape(*lead, *place))
+            eye = weight.to(self.direction).movedim(-1, 0)
+            return Readout(eye[None, None], self.norms, self.scale)
+        direction = product(weight.reshape(-1, d), self.direction)
+        return replace(self, direction=direction.unflatten(-1, place))
 
     def through_mask(self, factor: Float[Tensor, "*lead d"]) -> "Readout":
         """Back through a multiplication of each coordinate by a frozen number."""

@@ -1,9 +1,10 @@
 """Rows: what each part of the model wrote, under a typed key, and what splits one into others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,10 +41,42 @@ class RowKey(NamedTuple):
         return label if self.source is None else f"{label}←{self.source}"
 
 
+class Keys(Sequence[RowKey]):
+    """Keys that are made when they are first asked for: models have 100,000s of neurons.
+
+    Args:
+        n: how many.
+        make: makes them.
+        kind: that of them all, where they share one.
+    """
+
+    def __init__(
+        self, n: int, make: Callable[[], Iterable[RowKey]], kind: Kind | None = None
+    ) -> None:
+        self.n, self.make, self.kind = n, make, kind
+
+    @cached_property
+    def made(self) -> list[RowKey]:
+        """The keys."""
+        return list(self.make())
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.made[i]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.made == list(other)
+
+    def __reduce__(self) -> Any:
+        return list, (self.made,)
+
+
 class Keyed:
     """Rows that have keys, and what follows from those: labels, kinds, layers, source tokens."""
 
-    keys: list[RowKey]
+    keys: Sequence[RowKey]
 
     @cached_property
     def labels(self) -> list[str]:
@@ -144,9 +177,19 @@ class Rows:
     checks: list[SplitCheck] = field(default_factory=list)
 
     @cached_property
-    def keys(self) -> list[RowKey]:
+    def keys(self) -> Keys:
         """What each row is."""
-        return [key for group in (*self.groups, *self.constants) for key in group.keys]
+        every = [group.keys for group in (*self.groups, *self.constants)]
+        return Keys(sum(map(len, every)), partial(chain.from_iterable, every))
+
+    def of_kind(self, kind: Kind) -> list[tuple[RowKey, int]]:
+        """The rows of a kind, and where they are."""
+        found, start = [], 0
+        for group in (*self.groups, *self.constants):
+            if not isinstance(group.keys, Keys) or group.keys.kind in (None, kind):
+                found += [(key, start + i) for i, key in enumerate(group.keys) if key.kind == kind]
+            start += len(group.keys)
+        return found
 
     @cached_property
     def values(self) -> Float[Tensor, "row batch pos token"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_dla.core.heads import HeadSplit
 from tl_dla.core.network.gates import gate_factor
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows
+from tl_dla.core.rows import Keys, RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows
 from tl_dla.core.taps import Tap
 from tl_dla.model.attention import Attention, PatternAndValues
 from tl_dla.model.hooks import upcast
@@ -114,7 +114,12 @@ class SourceSplit(HeadSplit):
             part = (value, parts[..., i], absolute[..., i], size[..., i])
             checks.append(SplitCheck(key, "the source tokens", *part))
             rows = rearrange(moved[..., i, :], "batch pos token source -> source batch pos token")
-            sources = range(len(rows))
-            keys = [key._replace(kind="source", source=source) for source in sources]
-            first.append(RowGroup(keys, rows))
+            first.append(RowGroup(_sources(key, len(rows)), rows))
         return SplitRows(first, heads.instead, checks)
+
+
+def _sources(head: RowKey, n: int) -> Keys:
+    """A head's row as those of the tokens it reads."""
+    return Keys(
+        n, lambda: (head._replace(kind="source", source=source) for source in range(n)), "source"
+    )

@@ -45,7 +45,7 @@ class ResidualStack(Keyed):
     """
 
     vectors: Float[Tensor, "row *batch_and_pos d_model"]
-    keys: list[RowKey]
+    keys: Sequence[RowKey]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.vectors, self.labels))

@@ -13,11 +13,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
 
 _ROWS_AT_ONCE = 1024  # of a quantised weight
+_BLOCK = 2**18  # numbers of a weight, widened at once: 1 MiB, which stays in a core's cache
+_FEW = 8  # directions, for which reading a weight is most of the work
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +169,36 @@ def own_map(module: Any, like: Tensor) -> tuple[Tensor, float] | None:
         exact = upcast(rows[-len(x) :]) @ upcast(weight)
         miss = (upcast(of_x) - exact).norm() / exact.norm()
     return weight, 12**0.5 * float(miss)  # rounding is uniform, as in `core/rounding.py`
+
+
+def product(
+    weight: Float[Tensor, "place d"], directions: Float[Tensor, "*lead d"]
+) -> Float[Tensor, "*lead place"]:
+    """`weight · direction` for each direction, in the directions' dtype.
+
+    Reading the weight is most of the work where few tokens are attributed: it is read as it lies,
+    and where it is stored in a narrower dtype, widened block by block, never as a whole.
+    """
+    (n_places, d), lead = weight.shape, directions.shape[:-1]
+    directions = directions.reshape(-1, d)
+    by_rows = weight.stride(-1) == 1  # `nn.Linear` stores [d, place]
+    if weight.dtype == directions.dtype:
+        if by_rows and len(directions) <= _FEW:
+            return (weight @ directions.mT).mT.contiguous().reshape(*lead, n_places)
+        return (directions @ weight.mT).reshape(*lead, n_places)
+    wrote = directions.new_zeros(len(directions), n_places)
+    if by_rows or len(directions) > _FEW:
+        for part in _blocks(n_places, d):
+            wrote[:, part] = directions @ weight[part].to(directions).mT
+    else:
+        for part in _blocks(d, n_places):
+            wrote.addmm_(directions[:, part], weight[:, part].mT.to(directions))
+    return wrote.reshape(*lead, n_places)
+
+
+def _blocks(n: int, width: int) -> list[slice]:
+    step = max(1, _BLOCK // width)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 # Hooks live on the model, which threads may share: one pass at a time.

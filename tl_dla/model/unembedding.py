@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.errors import ArgumentError
-from tl_dla.model.hooks import compute_dtype, is_quantised, parameter, unwrap
+from tl_dla.model.hooks import compute_dtype, is_quantised, parameter, product, unwrap
 from tl_dla.model.stream import Stream
 
 
@@ -56,7 +56,8 @@ def unembedding(
     ids = ids.to(W_U.device)
     columns = W_U.mT[ids].to(dtype)
     if mean_of_vocab:
-        mean = W_U.mean(1, dtype=dtype).expand(*ids.shape[:2], 1, -1)
+        every = columns.new_full((1, W_U.shape[1]), 1 / W_U.shape[1])
+        mean = product(W_U, every).expand(*ids.shape[:2], 1, -1)
         columns = torch.cat([columns, mean], 2)
     if b_U is None or not bool(b_U.any()):
         return columns, None
@@ -68,24 +69,29 @@ def unembedding(
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some tokens of the vocabulary: their columns of W_U and entries of b_U."""
+    """Some tokens of the vocabulary: their columns of W_U, as stored, and entries of b_U."""
 
     part: slice
     columns: Float[Tensor, "d chunk"]
     bias: Float[Tensor, " chunk"]
     model: Any
+    linear: bool
+
+    def moved(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+        """What a vector adds to the logits, before the output transform."""
+        return product(self.columns.mT, y.to(self.bias))
 
     def logits(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
         """The logits of a normalised stream, after the model's output transform."""
         return output_transform(self.model, self._raw(y))
 
-    def ratio(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
+    def ratio(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*#lead chunk"]:
         """The output transform, frozen: transformed / raw."""
-        raw = self._raw(y)
+        raw = torch.ones_like(self.bias) if self.linear else self._raw(y)
         return torch.where(raw == 0, 1.0, output_transform(self.model, raw) / raw)
 
     def _raw(self, y: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead chunk"]:
-        return y.to(self.columns) @ self.columns + self.bias
+        return self.moved(y) + self.bias
 
 
 class Unembedding:
@@ -98,7 +104,7 @@ class Unembedding:
         self.W_U = unembed_matrix(model)
         bias = getattr(model, "b_U", None)
         self.b_U = None if bias is None or not bool(bias.any()) else bias.detach()
-        self.d_vocab = self.W_U.shape[1]
+        self.d_vocab, self.linear = self.W_U.shape[1], is_linear(model)
 
     def normalise(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d"]:
         """What is multiplied with W_U: the norm's statistics are those of x."""
@@ -113,6 +119,6 @@ class Unembedding:
         dtype = compute_dtype(self.W_U.dtype)
         for start in range(0, self.d_vocab, self.chunk_size):
             part = slice(start, min(start + self.chunk_size, self.d_vocab))
-            columns = self.W_U[:, part].to(dtype)
-            bias = torch.zeros_like(columns[0]) if self.b_U is None else self.b_U[part].to(dtype)
-            yield Chunk(part, columns, bias, self.model)
+            columns = self.W_U[:, part]
+            bias = columns.new_zeros(columns.shape[1]) if self.b_U is None else self.b_U[part]
+            yield Chunk(part, columns, bias.to(dtype), self.model, self.linear)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_dla.core.network.gates import gate_factor
 from tl_dla.core.network.step import Met, through_norm, through_norm_before
 from tl_dla.model.attention import Attention, Gate
+from tl_dla.model.hooks import product
 from tl_dla.model.values import ValueMap, Values
 
 
@@ -46,8 +47,8 @@ class FrozenAttention:
             met.constant(layer, "attn_bias", part.post_norm.beta, direction)
             direction = through_norm(part.post_norm, self.scale, direction)
         met.constant(layer, "attn_bias", part.b_O, direction)
-        W_O = part.W_O.to(direction)
-        to_heads = (direction @ W_O.flatten(0, 1).mT).unflatten(-1, W_O.shape[:2])
+        W_O = part.W_O
+        to_heads = product(W_O.flatten(0, 1), direction).unflatten(-1, W_O.shape[:2])
         met.rounded(self.z.flatten(2), to_heads.flatten(3))
         return to_heads
 
@@ -100,7 +101,7 @@ class FrozenAttention:
             grouped = direction.unflatten(-1, (-1, value.width)).transpose(2, 3)
             direction = through_norm(norm, scale, grouped).transpose(2, 3).flatten(3)
         met.constant(layer, value.name, value.b, direction)
-        return direction @ value.W.to(direction).mT
+        return product(value.W, direction)
 
 
 def _forward(

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.network.step import Met, Rule, felt, through_norm, through_norm_before
+from tl_dla.model.hooks import product
 from tl_dla.model.mlp import MLP, Experts
 from tl_dla.model.mlp_in import Expert, ExpertsIn, MLPIn
 
@@ -72,12 +73,12 @@ class Neurons:
         if self.constant is not None:
             constants["b_in"] = (direction @ self.constant[..., None])[..., 0]
         at_pre = direction * self.to_pre[..., None, :]
-        given = at_pre @ way.W_in.to(direction).mT
+        given = product(way.W_in, at_pre)
         if way.b_in is not None:
             constants["b_in"] = constants.get("b_in", 0.0) + at_pre @ way.b_in.to(direction)
         if self.to_gate is not None and way.W_gate is not None:
             at_gate = direction * self.to_gate[..., None, :]
-            given = given + at_gate @ way.W_gate.to(direction).mT
+            given = given + product(way.W_gate, at_gate)
             if way.b_gate is not None:
                 constants["b_gate"] = at_gate @ way.b_gate.to(direction)
         return given, constants
@@ -102,7 +103,7 @@ class FrozenMLP:
         """From what joins the stream to the neurons."""
         direction = _after(self.out, direction, self.scale, name, met)
         met.constant(self.out.layer, f"{name}_bias", self.out.bias, direction)
-        return direction @ self.out.W_out.to(direction).mT
+        return product(self.out.W_out, direction)
 
     def back(
         self,
@@ -227,7 +228,7 @@ class _Passed:
         """One expert on the tokens that chose it; `to` is the direction at its output."""
         n = len(self.flat)
         neurons = Neurons.of(expert.way_in, self.flat[token], rule)
-        to_neurons = to @ expert.W_out.to(to).mT
+        to_neurons = product(expert.W_out, to)
         back, constants = neurons.back(to_neurons)
         wrote = (to_neurons @ neurons.post.to(to)[..., None])[..., 0]
         if expert.b_out is not None:
