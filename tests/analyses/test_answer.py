@@ -28,7 +28,7 @@ def test_a_baseline_is_subtracted_in_the_figure_and_never_averaged_in():
     found = attribute_answer(load("gpt2"), tokens(1, 6), [5, 40], [7, 20])
     figure = found.plot(k=100)
     assert "mean over" not in figure.layout.title.text
-    [bars] = [trace for trace in figure.data if trace.type == "waterfall"]
+    [bars] = [trace for trace in figure.data if trace.type == "bar"]
     assert list(bars.x[:-1]) == pytest.approx(found.attribution[:, 0].tolist(), abs=1e-6)
     assert bars.x[-1] == pytest.approx(float(found.logit[0]), abs=1e-6)
     assert found.steps.plot().data and "of 2 prompts" not in found.steps.plot().layout.title.text

@@ -167,6 +167,10 @@ def test_prompts_of_different_lengths_give_what_each_gives_alone(llama):
             assert not head.pattern[row, n:].any() and not head.pattern[row, :, n:].any()
             assert not head.contributions[row, n:].any()
             assert head.tokens[row] == other.tokens[0]
+            name, scored = head.last_kinds[row]
+            assert name == other.query_kind
+            assert scored == pytest.approx(other.query_scores, nan_ok=True)
+            assert head.described(row)[0] == other.described()[0]  # and the column's own token
             torch.testing.assert_close(head.row[row, :n], head.pattern[row, n - 1, :n], **close)
 
 

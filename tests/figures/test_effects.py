@@ -73,11 +73,12 @@ def test_names_of_flags_stay_inside_a_narrow_figure():
 
 def test_repair_is_steps_from_the_direct_effect_to_the_total_one(result):
     for row in ROWS:
-        (steps,) = self_repair(result, row).plot().data
+        steps, _ = self_repair(result, row).plot().data
         assert steps.x[0] == pytest.approx(float(result[row][0]), abs=1e-5)
         assert steps.x[-1] == pytest.approx(total_effect(row), abs=1e-5)
         assert sum(steps.x[:-1]) == pytest.approx(steps.x[-1], abs=1e-5)
-        assert list(steps.measure) == ["relative"] * (len(steps.x) - 1) + ["absolute"]
+        begin = [0.0, *np.cumsum(steps.x)[:-2], 0.0]  # where the step before ends; the total at 0
+        assert list(steps.base) == pytest.approx(begin, abs=1e-5)
         assert steps.text[-1] == number(total_effect(row))
     labels = self_repair(result, "1_mlp_out").plot().layout.yaxis.ticktext
     assert labels[0] == "direct effect" and labels[-1] == "total effect"

@@ -10,7 +10,7 @@ from tl_dla import attribute_path, direct_logit_attribution
 from tl_dla.analyses.logit_lens import logit_lens
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts, plots
+from tl_dla.figures import charts, plots, theme
 from tl_dla.figures.charts import Heading
 from tl_dla.figures.text import number
 from tl_dla.figures.view import fold
@@ -47,12 +47,13 @@ def test_the_waterfall_has_every_row_and_ends_at_the_models_own_logit():
     figure = result.plot()
     bars = figure.data[0]
     right, wrong = own_logits(PROMPTS[0], "mat", "cat")
-    assert bars.type == "waterfall"
     assert list(figure.layout.yaxis.ticktext) == [*result.labels, "model's own logit"]
     np.testing.assert_array_equal(bars.x[:-1], values_of(result)[:, 0])
     np.testing.assert_allclose(bars.x[-1], right - wrong, rtol=1e-5)
     np.testing.assert_allclose(np.sum(bars.x[:-1]), right - wrong, rtol=1e-5)
-    assert list(bars.measure) == ["relative"] * len(result) + ["absolute"]
+    # Each step begins where the one before it ends, and the total at 0.
+    begin = [0.0, *np.cumsum(bars.x)[:-2], 0.0]
+    assert list(bars.base) == pytest.approx(begin, abs=1e-5)
     assert str(result.reconstruction) in figure.layout.title.text
     assert "'mat' − 'cat'" in figure.layout.title.text
     assert figure.layout.xaxis.title.text == "logits"
@@ -101,11 +102,24 @@ def test_small_rows_are_added_up_and_the_sum_stays():
     bars, values = figure.data[0], values_of(result)[:, 0]
     named = list(figure.layout.yaxis.ticktext)
     largest = set(np.argsort(-np.abs(values))[:6])
-    kept = [label for i, label in enumerate(result.labels) if i in largest]
-    assert named == [*kept, f"{len(result) - 6} smaller rows", "model's own logit"]
+    assert set(named[:6]) == {label for i, label in enumerate(result.labels) if i in largest}
+    assert named[6:] == [f"{len(result) - 6} smaller rows", "model's own logit"]
     rest = sum(v for i, v in enumerate(values) if i not in largest)
     np.testing.assert_allclose(bars.x[6], rest, rtol=1e-6)
     np.testing.assert_allclose(sum(bars.x[:-1]), bars.x[-1], rtol=1e-4)
+    assert list(bars.marker.opacity) == [1.0] * 6 + [theme.PALE, 1.0]  # no louder than the named
+
+
+@pytest.mark.parametrize("unit", ["neuron", "source"])
+def test_what_splits_a_sublayer_stands_at_its_place_in_the_stream(unit):
+    result = attribute(unit=unit)
+    named = list(result.plot(k=len(result)).layout.yaxis.ticktext)[:-1]
+    assert sorted(named) == sorted(result.labels)
+    # Each neuron and source row stands where the component that it is a part of does.
+    part = {"H": "attn_out", "N": "mlp_out"}
+    own = [re.sub(r"^L(\d+)([HN]).*", lambda m: f"{m[1]}_{part[m[2]]}", x) for x in named]
+    own = [label.replace("_bias", "_out") for label in own]
+    assert list(dict.fromkeys(own)) == attribute().labels
 
 
 def test_one_row_too_many_is_not_folded_into_itself():

@@ -312,6 +312,11 @@ def test_the_report_follows_a_change_of_theme_and_prints_light(browser, tmp_path
     page.wait(f"{ink} === 'rgb(35, 39, 46)'")
     page.pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    page.send("Emulation.setEmulatedMedia", media="print")
+    own = "[...document.querySelectorAll('.figure, .heads > *, section > p')]"
+    kept = page.evaluate(f"{own}.map(e => [getComputedStyle(e).breakInside, e.offsetHeight])")
+    # No figure or card is split across pages, and none is higher than what a page has room for.
+    assert all(how == "avoid" and height < 977 for how, height in kept)
     assert page.errors == [] and page.requests == []
 
 

@@ -67,6 +67,7 @@ class HeadPattern:
         kind: the kind that it is, or `"other"`.
         query_scores: the same of the attributed tokens alone: what the row is made by.
         query_kind: the kind that it is there.
+        last_kinds: of each prompt, the kind at its last attributed token, and the scores there.
         columns: of each prompt, the position that most tokens after it read; None where none is
             (see `column`).
         why: of each prompt, why the head looks where it does, in a line (`score_reasons.py`).
@@ -83,6 +84,7 @@ class HeadPattern:
     kind: KindOrOther
     query_scores: dict[PatternKind, float]
     query_kind: KindOrOther
+    last_kinds: list[tuple[KindOrOther, dict[PatternKind, float]]]
     columns: list[int | None]
     why: list[str]
     positions: Positions = field(repr=False)
@@ -168,16 +170,26 @@ class HeadPattern:
         line = f"{self.label} {value:+.4f}, {here} (over all tokens {over}); reads {read}"
         return "; ".join([line, *filter(None, self.why[:1])])
 
-    def described(self) -> tuple[str, str]:
-        """The kind at the attributed tokens, and over all tokens, each with its score."""
-        names = {self.tokens[b][key] for b, key in enumerate(self.columns) if key is not None}
-        which = f" {next(iter(names))!r}" if len(names) == 1 else ""
+    def described(self, prompt: int | None = None) -> tuple[str, str]:
+        """The kind at the attributed tokens, and over all tokens, each with its score.
 
-        def words(name: KindOrOther, score: dict[PatternKind, float]) -> str:
-            token = which if name == "column" else ""
-            return name if name == "other" else f"{name}{token} {score[name]:.2f}"
+        Args:
+            prompt: the first at the last attributed token of this prompt alone.
+        """
+        every = range(len(self.tokens))
 
-        return words(self.query_kind, self.query_scores), words(self.kind, self.scores)
+        def words(
+            name: KindOrOther, score: dict[PatternKind, float], prompts: Sequence[int]
+        ) -> str:
+            named = [(self.tokens[b], self.columns[b]) for b in prompts]
+            names = {tokens[key] for tokens, key in named if key is not None}
+            which = f" {names.pop()!r}" if name == "column" and len(names) == 1 else ""
+            return name if name == "other" else f"{name}{which} {score[name]:.2f}"
+
+        over = words(self.kind, self.scores, every)
+        if prompt is not None:
+            return words(*self.last_kinds[prompt], [prompt]), over
+        return words(self.query_kind, self.query_scores, every), over
 
 
 class HeadPatterns(list[HeadPattern]):
@@ -229,7 +241,8 @@ class HeadPatterns(list[HeadPattern]):
                 for token, _, attention, moved in head.reads(3, prompt=prompt)
             ]
             value = f"{float(head.value.nanmean()):+.3f}"
-            lines.append((head.label, value, *head.described(), ", ".join(read), head.why[prompt]))
+            kinds = head.described(prompt)
+            lines.append((head.label, value, *kinds, ", ".join(read), head.why[prompt]))
         reads = f"reads most (attention → contribution, in logits), prompt {prompt}"
         columns = [
             "head",
@@ -326,14 +339,16 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
     moved = once.result(Attribution).certified("raise", CAUSE)
     queries = torch.zeros(tokens.shape, dtype=torch.bool, device=positions.index.device)
     queries.scatter_(1, positions.index, positions.valid)
+    last = positions.last[:, None]
+    last_queries = torch.zeros_like(queries).scatter_(1, last, True)
 
     patterns = {
         (layer, head): own_part(once.kept[whole[layer]][:, head], prompts.length)
         for layer, head in places.values()
     }
-    last = positions.last[:, None, None]
     paid = {
-        place: one.take_along_dim(last.to(one.device), 1)[:, 0] for place, one in patterns.items()
+        place: one.take_along_dim(last[..., None].to(one.device), 1)[:, 0]
+        for place, one in patterns.items()
     }
     why = reasons(result.query, paid, cache)
     found = []
@@ -341,12 +356,12 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
         part = moved.reconstruction.parts[f"the source tokens of {label}"]
         _require_row(result, label, part, cache)
         pattern = patterns[layer, head]
-        every, asked = (
+        every, asked, at_last = (
             [
                 pool(pattern[b, :n, :n], tokens[b, :n], texts[b], mask[b, :n])
                 for b, n in enumerate(lengths)
             ]
-            for mask in (torch.ones_like(queries), queries)
+            for mask in (torch.ones_like(queries), queries, last_queries)
         )
         sums, at_queries = added(every), added(asked)
         found.append(
@@ -362,6 +377,7 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
                 kind=kind(sums),
                 query_scores=scores(at_queries),
                 query_kind=kind(at_queries),
+                last_kinds=[(kind(one), scores(one)) for one in at_last],
                 columns=[column(pattern[b, :n, :n]) for b, n in enumerate(lengths)],
                 why=why[layer, head],
                 positions=positions,

@@ -72,24 +72,29 @@ def bars(
     return traces
 
 
-def waterfall(rows: Bars, where: str) -> go.Waterfall:
-    """Steps from 0 to the last row, which is what they add up to; `where` is for hover."""
+def waterfall(rows: Bars, where: str, folded: int | None = None) -> list[Any]:
+    """Steps from 0 to the last row, which is what they add up to.
+
+    Args:
+        rows: the steps, and their total.
+        where: what they are of, for hover.
+        folded: the step that adds up smaller ones, which is paler than those that have a name.
+    """
     values, share, words = rows.values[:, 0], rows.share[:, 0], rows.words
-    ends = [*np.cumsum(values[:-1]), values[-1]]
+    ends = np.array([*np.cumsum(values[:-1]), values[-1]])
+    places = np.arange(len(values))
     hover = [
         f"<b>{safe(label)}</b><br>{value:+.4f} {words.units} ({percent(part, words.what)})"
         f"<br>{end:+.4f} so far<br>{safe(where)}"
         for label, value, part, end in zip(rows.labels, values, share, ends, strict=True)
     ]
-    return go.Waterfall(
+    steps = go.Bar(
         orientation="h",
-        y=np.arange(len(values)),
+        y=places,
         x=values,
-        measure=["relative"] * (len(values) - 1) + ["absolute"],
-        increasing_marker_color=theme.POSITIVE,
-        decreasing_marker_color=theme.NEGATIVE,
-        totals_marker_color=theme.NEUTRAL,
-        connector_line=dict(width=0.6, color=theme.NEUTRAL),
+        base=ends - values,
+        marker_color=[*charts.signs(values[:-1]), theme.NEUTRAL],
+        marker_opacity=[theme.PALE if i == folded else 1.0 for i in places],
         text=[number(value) for value in values],
         textposition="outside",
         textfont_size=10,
@@ -99,3 +104,12 @@ def waterfall(rows: Bars, where: str) -> go.Waterfall:
         hoverinfo="text",
         showlegend=False,
     )
+    joints = go.Scatter(
+        x=[x for end in ends[:-1] for x in (end, end, None)],
+        y=[y for i in places[:-1] for y in (i + 0.33, i + 0.67, None)],
+        mode="lines",
+        line=dict(width=0.6, color=theme.NEUTRAL),
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    return [steps, joints]

@@ -66,20 +66,25 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     """
     if view.unit == "layer":
         raise ArgumentError("Readings of a stream are no parts of a sum: draw their trajectory.")
+    view = view.along_the_stream()
     values, logit = view.only()
     labels, values = fold(view.labels, values, values.mean(1, keepdims=True), k)
+    folded = len(labels) - 1 if len(labels) < len(view.labels) else None
     every = np.vstack([values, logit])
     rows = Bars(
         [*labels, view.words.logit], every, every / np.where(logit == 0, np.nan, logit), view.words
     )
     if len(view.samples) == 1:
-        fig = go.Figure(waterfall(rows, view.names[0]))
+        fig = go.Figure(waterfall(rows, view.names[0], folded))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
         fallen = [end for end, value in zip(ends[1:], values[:, 0], strict=False) if value < 0]
         fig.update_xaxes(range=charts.room_beside(ends, fallen, look))
     else:
         fig = go.Figure(bars(rows, view.names))
-        fig.data[0].marker.color = [*charts.signs(values.mean(1)), theme.NEUTRAL]
+        fig.data[0].marker = dict(
+            color=[*charts.signs(values.mean(1)), theme.NEUTRAL],
+            opacity=[theme.PALE if i == folded else 1.0 for i in range(len(every))],
+        )
     fig.update_yaxes(charts.ledger_axis(rows.labels))
     fig.update_xaxes(title_text=view.words.units, zeroline=True)
     fig.update_layout(meta=dict(marks=charts.marks_of_rows(labels)))

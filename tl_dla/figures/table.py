@@ -209,10 +209,10 @@ def html(table: Table) -> str:
 
 def _row(line: Line, table: Table, share: float | None) -> str:
     """A line of the table: a bar, a number and, for one value, its share of the logit."""
-    total = line.role not in _PARTS
+    total, opacity = line.role not in _PARTS, theme.PALE if line.role == "rest" else 1.0
     cells = []
     for values, mean in zip(line.values.T, line.mean.tolist(), strict=True):
-        bar = "" if total else _bar(values, table.largest, table.units)
+        bar = "" if total else _bar(values, table.largest, table.units, opacity)
         cells.append(f'<td style="{_CELL}">{bar}</td>')
         cells.append(f'<td style="{_CELL};font-variant-numeric:tabular-nums">{number(mean)}</td>')
     if share is not None and not total:
@@ -227,7 +227,7 @@ def _row(line: Line, table: Table, share: float | None) -> str:
     return f'<tr style="{weight}{rule}">{name}{"".join(cells)}</tr>'
 
 
-def _bar(values: Float[np.ndarray, " sample"], largest: float, units: str) -> str:
+def _bar(values: Float[np.ndarray, " sample"], largest: float, units: str, opacity: float) -> str:
     """A bar from 0, in the middle, to the mean; several values as dots, or as their range."""
     middle, mean = _WIDTH / 2, float(values.mean())
     reach = (_WIDTH / 2 - 4) / largest
@@ -251,6 +251,7 @@ def _bar(values: Float[np.ndarray, " sample"], largest: float, units: str) -> st
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{number(mean)} {units}"'
         f' style="vertical-align:middle"><rect class="bar" x="{x:.2f}" y="3" width="{width:.2f}"'
-        f' height="{_HEIGHT - 6}" fill="{colour}"/><line x1="{middle}" x2="{middle}" y1="0"'
-        f' y2="{_HEIGHT}" stroke="currentColor" stroke-opacity=".35"/>{dots}</svg>'
+        f' height="{_HEIGHT - 6}" fill="{colour}" opacity="{opacity}"/><line x1="{middle}"'
+        f' x2="{middle}" y1="0" y2="{_HEIGHT}"'
+        f' stroke="currentColor" stroke-opacity=".35"/>{dots}</svg>'
     )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 POSITIVE, NEGATIVE, NEUTRAL = "#3a7abf", "#cb5a3c", "#868c96"
 DOT = "#5f6672"
+PALE = 0.4  # the opacity of a bar that adds up what has no name
 # Okabe and Ito's colours, which stay apart in every kind of colour blindness, without the yellow.
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", NEUTRAL]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

@@ -125,6 +125,30 @@ class View:
         samples = [self.samples[i] for i in kept]
         return replace(self, values=self.values[:, kept], logit=self.logit[kept], samples=samples)
 
+    def along_the_stream(self) -> "View":
+        """The same with the rows in the order in which they are written.
+
+        A result lists what splits a sublayer (neurons, heads, their source tokens) before the rest.
+        """
+        stage = {"mlp": 1, "neuron": 1, "expert": 1, "rest": 2}
+
+        def place(row: int) -> tuple[float, int]:
+            layer, kind = self.layers[row], self.kinds[row]
+            if layer is None:
+                return (np.inf if kind == "bias" else -1.0, 0)
+            return (float(layer), stage.get(kind, 0))
+
+        if self.unit not in ("head", "neuron", "source"):
+            return self
+        order = sorted(range(len(self.labels)), key=place)
+        return replace(
+            self,
+            values=self.values[order],
+            labels=[self.labels[row] for row in order],
+            kinds=[self.kinds[row] for row in order],
+            layers=[self.layers[row] for row in order],
+        )
+
     def rows(self, kind: str) -> list[int]:
         """The rows of a kind."""
         return [row for row, own in enumerate(self.kinds) if own == kind]

@@ -125,7 +125,7 @@ class Card:
         label: `L9H6`.
         value: its row there.
         mean: its row's mean over prompts and positions, where there are several.
-        pattern: the kind of its pattern, where it is attributed and over all tokens.
+        pattern: the kind of its pattern there, and from all tokens of all prompts.
         tokens: the prompt coloured by what the head moved from each token.
         reads: of the tokens read most: the token, its position, attention and contribution.
         picture: its pattern as an image, where circuitsvis does not draw it.
@@ -176,14 +176,15 @@ def _card(head: HeadPattern, prompt: int, tokens: list[str], pictured: bool) -> 
     own = own[~own.isnan()][-1]
     several = int((~head.value.isnan()).sum())
     mean = number(float(head.value.nanmean()))
-    here, over = head.described()
-    n = len(tokens)
+    here, over = head.described(prompt)
+    n, at = len(tokens), int(head.positions.last[prompt])
     reads = head.reads(n, prompt=prompt)
+    every = "all tokens" + " of all prompts" * (len(head.tokens) > 1)
     return Card(
         label=head.label,
         value=number(float(own)),
         mean=f"mean {mean} over {several}" if several > 1 else "",
-        pattern=f"from the attributed token{'s' * (several > 1)}: {here}; from all tokens: {over}",
+        pattern=f"from {tokens[at]!r}: {here}; from {every}: {over}",
         tokens=_coloured(reads, tokens, prompt),
         reads=[
             (repr(tokens[at]), at, f"{attention:.1%}", number(moved))

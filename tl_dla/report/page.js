@@ -134,7 +134,11 @@ function drawOne(name, dark, width) {
     if (trace.type === "heatmap" && trace.textfont && trace.textfont.color) trace.textfont.color = theme.ink;
   const least = width ? 0 : layout.meta?.least ?? 330;
   if (width) {
-    layout.width = width;
+    if (layout.height > 820) {  // what a page holds
+      for (const trace of data) if (trace.textfont) trace.textfont.size = 8;
+      Object.assign(layout.yaxis, {tickfont: {size: 8}});
+    }
+    Object.assign(layout, {width, height: Math.min(layout.height, 820)});
     const n = data[0].type === "heatmap" && data[0].x ? data[0].x.length : 0;
     if (n > 14) layout.xaxis.range = [n - 14.5, n - 0.5];  // on paper, the columns that can be read
   }
