@@ -90,6 +90,7 @@ def test_what_cannot_be_saved_is_refused_in_a_sentence(tmp_path, name, options, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome installed")
 def test_files_are_of_the_size_asked_for(tmp_path):
     pytest.importorskip("kaleido")

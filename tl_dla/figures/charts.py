@@ -302,7 +302,7 @@ class Colours:
         """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not."""
         finite = np.abs(values[np.isfinite(values)])
         largest = self.largest or (float(finite.max()) if finite.size else 0.0) or 1.0
-        words = dict(text=self.title, side="right", font=dict(size=12))
+        words = dict(text=self.title, side="top", font=dict(size=12))
         return dict(
             colorscale=SCALES[self.scale]["light"],
             reversescale=self.strong_is_low,
