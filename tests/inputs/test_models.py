@@ -1,17 +1,25 @@
 """The model at hand: what may be passed as one, and what a run needs of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 from tests.support.models import either, load, of_4, words
 from tests.zoo.bases import LL
-from tests.zoo.build import build, hf_reference, perturb, tokens
+from tests.zoo.build import ANSWERS, INCORRECT, build, hf_reference, perturb, tokens
 from tests.zoo.configs import CONFIGS, NATIVE
-from tl_dla import direct_logit_attribution, load_model
+from tl_dla import (
+    attribute_attention,
+    attribute_inputs,
+    check_model,
+    direct_logit_attribution,
+    load_model,
+)
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.models import device_of, require_model, scales_with_length
-from tl_dla.inputs.tokens import read_prompts
+from tl_dla.inputs.models import require_model, scales_with_length
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +70,69 @@ def test_weights_that_are_nowhere_are_refused():
         direct_logit_attribution(model, tokens(), 5)
 
 
+PARTS = {  # in order: what is before the blocks, the blocks, what is after them
+    "gpt2": (["transformer.wte", "transformer.wpe"], "transformer.h", ["transformer.ln_f"]),
+    "gptj": (["transformer.wte"], "transformer.h", ["transformer.ln_f"]),
+    "llama_bias": (["model.embed_tokens"], "model.layers", ["model.norm"]),
+}
+
+
+def offloaded(name: str, where: str, folder: Path):
+    """A model of transformers whose weights `accelerate` brings to the CPU as they are used."""
+    from accelerate import cpu_offload, disk_offload
+
+    if where == "on the CPU":
+        return cpu_offload(hf_reference(name), torch.device("cpu"))
+    if where == "on disk":
+        return disk_offload(hf_reference(name), folder, torch.device("cpu"))
+    first, blocks, last = PARTS[name]  # two devices
+    tied = [*first, *last, "lm_head"]
+    rest = {"model.rotary_emb": "cpu"} if name == "llama_bias" else {"transformer.drop": "cpu"}
+    places = dict.fromkeys(tied, "disk" if where == "the ends on disk" else "cpu")
+    places |= {f"{blocks}.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+    return AutoModelForCausalLM.from_pretrained(
+        build(name)[1],
+        attn_implementation="eager",
+        device_map=places | rest,
+        offload_folder=folder,
+    ).eval()
+
+
 @of_4  # 3.9 refuses to wrap a model that is offloaded already
-def test_tokens_go_to_where_offloaded_weights_are_brought():
-    from accelerate import cpu_offload
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("where", ["on the CPU", "on disk", "blocks on disk", "the ends on disk"])
+def test_offloaded_weights_give_what_they_give_at_hand(name, where, tmp_path):
+    model, plain = load_model(offloaded(name, where, tmp_path), words()), load(name)
+    assert any(weight.is_meta for weight in model.parameters())
+    question = (tokens(), ANSWERS, INCORRECT)
+    for unit in ("component", "head", "neuron", "source"):
+        found, expected = (
+            direct_logit_attribution(x, *question, unit=unit, pos=None) for x in (model, plain)
+        )
+        assert found.reconstruction.passed
+        torch.testing.assert_close(found.attribution, expected.attribution, atol=1e-6, rtol=1e-5)
+    assert attribute_inputs(model, *question).reconstruction.passed
+    why = attribute_attention(model, tokens()[:1], "L1H2", query=5, key=3, versus=2)
+    assert why.reconstruction.passed
+    assert check_model(model, tokens()).passed
+    cache = model.run_with_cache(tokens())[1]
+    assert direct_logit_attribution(model, *question, cache=cache).reconstruction.passed
 
-    hf_model = hf_reference("gpt2")
-    cpu_offload(hf_model, torch.device("cpu"))
-    offloaded = wrapped(hf_model)
-    assert next(offloaded.parameters()).is_meta
-    assert require_model(offloaded) is offloaded
-    assert device_of(offloaded).type == "cpu"
-    prompts = read_prompts(offloaded, tokens())
-    assert offloaded(prompts.packed).equal(load("gpt2")(tokens()))
 
-
-@of_4
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("unit", ["component", "head", "neuron", "source"])
-def test_offloaded_weights_give_what_they_give_at_hand(unit):
-    from accelerate import cpu_offload
-
-    hf_model = hf_reference("gpt2")
-    cpu_offload(hf_model, torch.device("cpu"))
-    found, expected = (
-        direct_logit_attribution(model, tokens(), 5, 7, unit=unit, pos=None)
-        for model in (wrapped(hf_model), load("gpt2"))
-    )
-    assert found.reconstruction.passed
-    torch.testing.assert_close(found.attribution, expected.attribution, atol=1e-6, rtol=1e-5)
-
-
-def wrapped(hf_model):
-    """A bridge around the module as it stands."""
+def test_a_model_on_two_devices_gives_what_it_gives_on_one(unit):
     from transformer_lens.model_bridge import TransformerBridge
 
-    folder = str(build("gpt2")[1])
-    return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=words())
+    folder = str(build("llama_bias")[1])
+    model = TransformerBridge.boot_transformers(folder, n_devices=2)
+    assert len({weight.device for weight in model.parameters()}) == 2
+    found, expected = (
+        direct_logit_attribution(x, tokens(), ANSWERS, INCORRECT, unit=unit, pos=None)
+        for x in (model, load("llama_bias"))
+    )
+    assert found.reconstruction.passed
+    torch.testing.assert_close(found.attribution.cpu(), expected.attribution, atol=1e-4, rtol=1e-3)
 
 
 # ---- positions that scale with the length of the batch ----------------------------------------

@@ -50,6 +50,7 @@ from tl_dla.inputs.targets import ONE_NUMBER
 from tl_dla.inputs.tokens import Input, token_strings
 from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
+from tl_dla.model.unembedding import unembed_matrix
 
 Place = int | str | Sequence[int]
 
@@ -172,7 +173,7 @@ class Score:
         layer = self.layer
         self.qk = qk = reader.queries_and_keys(layer)
         steps, self.norm = below(reader, reader.stream().steps, layer)
-        identity = Readout.identity(reader.model.W_U.new_empty(reader.model.cfg.d_model, 0))
+        identity = Readout.identity(unembed_matrix(reader.model))
         self.parts = Decomposition(reader, steps, identity, [], unit, Selection(), whole=False)
         self.x = Tap(qk.site, upcast if qk.site.argument is None else self._taken)
         self.pattern = Tap(qk.pattern, upcast, keys=True, heads_first=True)

@@ -36,7 +36,7 @@ from tl_dla.inputs.tokens import read_prompts
 from tl_dla.model.hooks import is_bridge, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import ResidPoint, Step, StreamNorm, Write
-from tl_dla.model.unembedding import output_transform, unembed_matrix
+from tl_dla.model.unembedding import output_transform, unembed_bias, unembed_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +250,8 @@ def _read_out(
         x = stream.norm.forward(x, scale)
     if stream.project_out is not None:
         x = x @ stream.project_out.to(x).mT
-    return output_transform(model, x @ unembed_matrix(model).to(x) + model.b_U.to(x))
+    logits, bias = x @ unembed_matrix(model).to(x), unembed_bias(model)
+    return output_transform(model, logits if bias is None else logits + bias.to(x))
 
 
 def _pattern_taps(reader: ModelReader) -> dict[int, Tap]:

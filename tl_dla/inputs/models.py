@@ -38,13 +38,22 @@ def require_model(model: Any) -> Any:
             f" {remedy}."
         )
     first = next(iter(model.parameters()), None)
-    if first is not None and first.is_meta:
-        if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-            raise ArgumentError(
-                "The model's weights are on the meta device, where they hold no numbers: load it"
-                ' with its weights, as by load_model(name, device="cpu").'
-            )
+    if first is not None and first.is_meta and offloaded_to(model) is None:
+        raise ArgumentError(
+            "The model's weights are on the meta device, where they hold no numbers: load it"
+            ' with its weights, as by load_model(name, device="cpu").'
+        )
     return model
+
+
+def offloaded_to(model: Any) -> torch.device | None:
+    """Where `accelerate` brings the weights that it offloads; None where it offloads none."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):  # several in a row
+            if getattr(one, "offload", False):
+                return torch.device(one.execution_device)
+    return None
 
 
 def require_eval(model: Any) -> None:
@@ -85,4 +94,4 @@ def scales_with_length(model: Any) -> bool:
 def device_of(model: Any) -> torch.device:
     """Where tokens go: the device of the first weight, also where `accelerate` offloads that."""
     device = next(iter(model.parameters())).device
-    return torch.device(model.cfg.device or "cpu") if device.type == "meta" else device
+    return device if device.type != "meta" else offloaded_to(model) or torch.device("cpu")

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from tl_dla.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
+from tl_dla.inputs.models import offloaded_to
 from tl_dla.loading.boot import boot, boot_demo, boot_loaded, known_names
 from tl_dla.loading.gguf import PACKAGES, converted, fingerprint, installed_parts
 
@@ -139,10 +140,11 @@ def _load_loaded(
             "A model is a name, a path or a loaded model; a"
             f" {type(model).__name__} was given ({model!r:.60})."
         )
-    if model.device.type == "meta":
+    at = model.device
+    if at.type == "meta" and (at := offloaded_to(model)) is None:
         raise ArgumentError(
             f"The weights of this {type(model).__name__} are on the meta device, where they hold no"
-            " numbers: load it with from_pretrained, without device_map."
+            " numbers: load it with from_pretrained."
         )
     name = model.name_or_path
     if tokenizer is None:
@@ -153,7 +155,7 @@ def _load_loaded(
                 f"No tokenizer is found for this {type(model).__name__} (of {name!r}): give it, as"
                 " load_model(hf_model, tokenizer=tokenizer)."
             ) from error
-    return boot_loaded(model, tokenizer, device=device or model.device, dtype=dtype or model.dtype)
+    return boot_loaded(model, tokenizer, device=device or at, dtype=dtype or model.dtype)
 
 
 def _load_adapter(folder: Path, device: Any, dtype: torch.dtype) -> Any:

@@ -162,7 +162,8 @@ def own_map(module: Any, like: Tensor) -> tuple[Tensor, float] | None:
     bare._parameters = {**module._parameters, "bias": None}
     x = torch.randn(8, n, generator=torch.Generator().manual_seed(0))
     x = x.pow(3) / x.abs().max() ** 3  # as activations are, a few far larger
-    rows = torch.cat([torch.zeros(1, n), torch.eye(n), x]).to(like)
+    rows = torch.cat([torch.zeros(1, n), torch.eye(n), x]).to(like.dtype)
+    rows = rows if like.is_meta else rows.to(like.device)
     with torch.no_grad():
         made = torch.cat([bare(part) for part in rows.split(_ROWS_AT_ONCE)])
         weight, of_x = (made[1:] - made[0]).split([n, len(x)])

@@ -37,6 +37,14 @@ def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
     return model.W_U.detach()
 
 
+def unembed_bias(model: Any) -> Float[Tensor, " d_vocab"] | None:
+    """b_U, brought back where it is offloaded; None where the model has none, or only zeros."""
+    bias = getattr(model, "b_U", None)
+    if bias is not None and bias.is_meta:
+        bias = parameter(unwrap(model.unembed), "bias")
+    return None if bias is None or not bool(bias.any()) else bias.detach()
+
+
 def is_linear(model: Any) -> bool:
     """Whether the model's output transform multiplies all logits by one number."""
     x = torch.tensor([0.5, -1.0, 4.0, 32.0])
@@ -51,7 +59,7 @@ def unembedding(
 
     The bias is None where the model has none, or only zeros.
     """
-    W_U, b_U = unembed_matrix(model), getattr(model, "b_U", None)
+    W_U, b_U = unembed_matrix(model), unembed_bias(model)
     dtype = compute_dtype(W_U.dtype)
     ids = ids.to(W_U.device)
     columns = W_U.mT[ids].to(dtype)
@@ -59,9 +67,9 @@ def unembedding(
         every = columns.new_full((1, W_U.shape[1]), 1 / W_U.shape[1])
         mean = product(W_U, every).expand(*ids.shape[:2], 1, -1)
         columns = torch.cat([columns, mean], 2)
-    if b_U is None or not bool(b_U.any()):
+    if b_U is None:
         return columns, None
-    bias = b_U.detach()[ids].to(dtype)
+    bias = b_U[ids].to(dtype)
     if mean_of_vocab:
         bias = torch.cat([bias, b_U.mean(dtype=dtype).expand(*ids.shape[:2], 1)], 2)
     return columns, bias
@@ -102,8 +110,7 @@ class Unembedding:
             raise ArgumentError(f"chunk_size must be at least 1; {chunk_size} was given.")
         self.model, self.stream, self.chunk_size = model, stream, chunk_size
         self.W_U = unembed_matrix(model)
-        bias = getattr(model, "b_U", None)
-        self.b_U = None if bias is None or not bool(bias.any()) else bias.detach()
+        self.b_U = unembed_bias(model)
         self.d_vocab, self.linear = self.W_U.shape[1], is_linear(model)
 
     def normalise(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d"]:
