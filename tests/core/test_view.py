@@ -3,9 +3,10 @@
 import pytest
 
 from tests.support.pages import PROMPTS, bridge
-from tl_dla import direct_logit_attribution
+from tl_dla import attribute_attention, direct_logit_attribution, top_heads_with_patterns
 from tl_dla.core.view import view_of
 from tl_dla.inputs.text import pieces, text_of
+from tl_dla.inputs.tokens import token_strings
 from tl_dla.loading import load_model
 
 
@@ -28,7 +29,18 @@ def test_bytes_that_are_no_letter_are_shown_as_bytes():
     ids = model.to_tokens("🎉", prepend_bos=False)[0]
     assert len(ids) > 1
     shown = pieces(model, ids[:1])
+    assert token_strings(model, ids[:1]) == shown
     assert shown == [f"⟨{'🎉'.encode()[: len(bytes.fromhex(shown[0][1:-1]))].hex(' ').upper()}⟩"]
+
+
+def test_results_of_heads_name_tokens_so_that_no_letter_is_lost():
+    model, text = load_model("demo"), "a 🎉 b"
+    tokens = pieces(model, model.to_tokens(text)[0])
+    result = direct_logit_attribution(model, text, " the", unit="head")
+    [head] = top_heads_with_patterns(result, heads="L1H1")
+    assert head.tokens == [tokens] and "🎉" in "".join(tokens)
+    asked = attribute_attention(model, text, "L1H1", key=2, versus=1)
+    assert asked.tokens == [(tokens[-1], tokens[2], tokens[1])]
 
 
 def test_samples_say_where_they_are():

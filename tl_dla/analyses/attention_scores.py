@@ -47,7 +47,8 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.reading import read_given
 from tl_dla.inputs.selection import Selection, Unit, place_of_head
 from tl_dla.inputs.targets import ONE_NUMBER
-from tl_dla.inputs.tokens import Input, token_strings
+from tl_dla.inputs.text import pieces
+from tl_dla.inputs.tokens import Input
 from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import unembed_matrix
@@ -264,12 +265,12 @@ class Score:
     def _tokens(self) -> list[tuple[str, ...]]:
         """The query, key and versus of each prompt, as text."""
         prompts, model = self.query.prompts, self.query.model
-        return [
-            tuple(token_strings(model, prompts.packed[b, places]))
-            if prompts.known
-            else tuple(map(str, places))
-            for b, places in enumerate(self.query.positions.index.tolist())
-        ]
+        index = self.query.positions.index.tolist()
+        if not prompts.known:
+            return [tuple(map(str, places)) for places in index]
+        own = zip(prompts.packed, prompts.length.tolist(), strict=True)
+        tokens = [pieces(model, row[:length]) for row, length in own]
+        return [tuple(tokens[b][i] for i in places) for b, places in enumerate(index)]
 
     def _subject(self) -> Subject:
         keys = [tokens[1:] for tokens in self._tokens()]

@@ -42,7 +42,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.selection import Selection, place_of_head
-from tl_dla.inputs.tokens import token_strings
+from tl_dla.inputs.text import pieces
 from tl_dla.model.reader import ModelReader
 
 if TYPE_CHECKING:
@@ -393,7 +393,7 @@ def _tokens(result: Attribution) -> tuple[Int[Tensor, "batch pos"], list[list[st
         places = torch.arange(tokens.shape[1], device=tokens.device)
         return places.expand_as(tokens), [[str(i) for i in range(n)] for n in lengths]
     rows = zip(tokens, lengths, strict=True)
-    return tokens, [token_strings(result.model, ids[:n]) for ids, n in rows]
+    return tokens, [pieces(result.model, ids[:n]) for ids, n in rows]
 
 
 def _require_row(result: Attribution, label: str, part: Reconstruction, cache: Any) -> None:

@@ -134,6 +134,7 @@ _IOI = "tl-dla {} 'When John and Mary went to the shops, John gave the bag to'"
 _MODEL = "--model --dtype --device"
 _WORDS = """\
 in the table:
+  #0               the rank of a token in the model's own prediction: 0 is the likeliest
   all rows         what the rows add up to; for --unit layer, whose rows are readings of the stream,
                    the last reading and the biases
   rounding allows  the largest error that rounding can make of rows that add up exactly

@@ -53,7 +53,8 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
     body = sum(heights) + _GAP * len(ledgers)
     ends = 1 - np.cumsum([0, *(height + _GAP for height in heights)]) / body
     split = _add_map(fig, grid, look, len(beside), 1 - pixels / body)
-    if (look.room - 150) * split / grid.shape[1] >= _CELL:
+    worded = int(150 + _CELL * grid.shape[1] / split)  # the width that numbers need
+    if look.room >= worded:
         words = [["" if np.isnan(x) else number(x)[:6] for x in line] for line in grid]
         fig.data[0].update(text=words, texttemplate="%{text}", textfont=dict(size=9))
     fig.update_layout(
@@ -83,7 +84,7 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
     for one, height, end in zip(ledgers, heights[1:], ends[1:], strict=False):
         _add_ledger(fig, one, view, look, (max(0.0, float(end) - height / body), float(end)))
         marks = charts.marks_of_rows(one.rows.labels, f"y{one.axis}") | marks
-    fig.update_layout(meta=dict(scale="diverging", least=520, marks=marks))
+    fig.update_layout(meta=dict(scale="diverging", least=520, worded=worded, marks=marks))
     heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
     return charts.styled(fig, heading, look, Sizes(body, 56 if look.narrow else 46))
 

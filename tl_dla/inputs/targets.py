@@ -275,7 +275,8 @@ class _Strings:
             hint = f"with a leading space, {' ' + text!r}, it is one"
         else:
             hint = (
-                "attribute its first token, or all of them with answer_tokens as ids per position"
+                "attribute its first token, or all of them with attribute_completion (in the shell:"
+                " tl-dla attribute --completion)"
             )
         raise TokenError(f"The answer {text!r} is {len(pieces)} tokens ({parts}): {hint}.")
 

@@ -4,6 +4,7 @@ Prompts of different lengths are padded on the right when the model runs, where 
 cannot see the padding, so each prompt gives what it gives alone.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -305,9 +306,30 @@ def _check_prompts(model: Any, prompts: Prompts) -> None:
 # ---- tokens as text ----------------------------------------------------------------------------
 
 
+LOST = "\ufffd"  # what a tokenizer makes of bytes that are no letter
+# GPT-2's names of the 256 bytes: a printable byte is itself, the others follow from 256 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTED)}
+
+
 def token_strings(model: Any, ids: Int[Tensor, " token"]) -> list[str]:
-    """Each token as text; its id where the model has no tokenizer."""
+    """Each token as text, or as its bytes where it is no letter; its id without a tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [str(int(i)) for i in ids]
-    return [tokenizer.decode([int(i)]) for i in ids]
+    texts = [tokenizer.decode([int(i)]) for i in ids]
+    return [
+        spelled_bytes(tokenizer, int(i)) if LOST in text else text
+        for i, text in zip(ids, texts, strict=True)
+    ]
+
+
+def spelled_bytes(tokenizer: Any, token: int) -> str:
+    """A token as the bytes that it holds, `⟨F0 9F⟩`, from its name in the vocabulary."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if named := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+        return f"⟨{named[1]}⟩"
+    if all(letter in _BYTE_OF for letter in name):
+        return f"⟨{bytes(_BYTE_OF[letter] for letter in name).hex(' ').upper()}⟩"
+    return name

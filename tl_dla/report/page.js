@@ -145,6 +145,8 @@ function drawOne(name, dark, width) {
   Object.assign($(name).style, {height: layout.height + "px", minWidth: least + "px"});
   if ($(name + "-note")) $(name + "-note").textContent = figure.note.join("\n");
   $(name).parentElement.setAttribute("aria-label", figure.label);
+  const room = width ?? Math.max($(name).parentElement.clientWidth, least);
+  if (layout.meta?.worded > room) delete data[0].texttemplate;  // on a phone
   const words = width ? null : data[0].texttemplate;  // in cells: as long a task as all the rest
   if (words) data[0].texttemplate = "";
   Plotly.react(name, data, layout, {responsive: true, displaylogo: false, showSendToCloud: false, showLink: false});

@@ -138,8 +138,10 @@ class Figures:
         name = f"figure-{len(self.drawn)}"
         self.drawn[name] = {}
         for key, (figure, note, label) in figures.items():
-            right = max(4, figure.layout.margin.r - 16)
-            figure.update_layout(width=None, margin_l=4, margin_r=right, template=None)
+            right = figure.layout.margin.r  # more than a border holds words
+            figure.update_layout(
+                width=None, margin_l=4, margin_r=4 if right <= 20 else right, template=None
+            )
             own = json.loads(figure.to_json())
             self.drawn[name][key] = own | {"note": note, "label": label}
         first, _, label = next(iter(figures.values()))
