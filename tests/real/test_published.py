@@ -38,7 +38,7 @@ def misses(case, model):
     if case.get("classic"):
         prompts = classic_prompts(model)
         asked = tuple([p[field] for p in prompts] for field in ("prompt", "answer", "incorrect"))
-    options = {name: case[name] for name in ("unit", "prepend_bos") if name in case}
+    options = {name: case[name] for name in ("unit", "prepend_bos", "top_neurons") if name in case}
     result = direct_logit_attribution(model, *asked, **options)
     ours = {label: float(result[label].mean()) for label in case["rows"]}
     return {

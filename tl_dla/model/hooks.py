@@ -85,7 +85,7 @@ class Hooks:
         inner = unwrap(module)
         weight, bias = parameter(inner, "weight"), parameter(inner, "bias")
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            own = own_map(inner, next(p for p in self.model.parameters() if p.is_floating_point()))
+            own = own_map(inner, self.model)
             if own is not None:
                 self.map_eps = max(self.map_eps, own[1])
                 return own[0], bias
@@ -148,7 +148,13 @@ def is_quantised(weight: Any) -> bool:
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
 
 
-def own_map(module: Any, like: Tensor) -> tuple[Tensor, float] | None:
+def is_packed(module: Any) -> bool:
+    """Whether a module holds its weight in a form that is no matrix of numbers."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not (weight.ndim == 2 and weight.is_floating_point())
+
+
+def own_map(module: Any, model: Any) -> tuple[Tensor, float] | None:
     """A linear module's weight as `[in, out]`, from what it makes of each coordinate alone.
 
     For weights that are packed in a form of their own (bitsandbytes, GPTQ), with the machine
@@ -160,6 +166,7 @@ def own_map(module: Any, like: Tensor) -> tuple[Tensor, float] | None:
         return None
     bare = copy.copy(module)  # added and taken away again, a bias would cost digits
     bare._parameters = {**module._parameters, "bias": None}
+    like = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.randn(8, n, generator=torch.Generator().manual_seed(0))
     x = x.pow(3) / x.abs().max() ** 3  # as activations are, a few far larger
     rows = torch.cat([torch.zeros(1, n), torch.eye(n), x]).to(like.dtype)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import AttentionReader
-from tl_dla.model.hooks import Hooks, unwrap
+from tl_dla.model.hooks import Hooks, is_packed, own_map, unwrap
 from tl_dla.model.mlp import MLPReader
 from tl_dla.model.mlp_in import MLPInReader
 from tl_dla.model.norms import NormReader
@@ -74,8 +74,12 @@ class ModelReader:
     def machine_eps(self) -> float:
         """Machine epsilon of the narrowest dtype that the stream and its norms go through.
 
-        Many models take their norms in float32 whatever their own dtype.
+        Many models take their norms in float32 whatever their own dtype. Where the unembedding is
+        packed, that of its map.
         """
+        unembed = unwrap(getattr(self.model, "unembed", None))
+        if is_packed(unembed) and (own := own_map(unembed, self.model)) is not None:
+            return max(own[1], torch.finfo(self.dtype).eps)
         norm = self.final_norm() if self.dtype == torch.float64 and self.is_bridge else None
         if norm is not None:
             x = torch.linspace(-1, 2, self.model.cfg.d_model, dtype=torch.float64)

@@ -12,8 +12,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_dla.errors import ArgumentError
-from tl_dla.model.hooks import compute_dtype, is_quantised, parameter, product, unwrap
+from tl_dla.errors import ArgumentError, UnsupportedModelError
+from tl_dla.model.hooks import (
+    class_name,
+    compute_dtype,
+    is_packed,
+    is_quantised,
+    own_map,
+    parameter,
+    product,
+    unwrap,
+)
 from tl_dla.model.stream import Stream
 
 
@@ -30,6 +39,14 @@ def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
     """W_U, dequantised where it is kept quantised, brought back where it is offloaded."""
     inner = unwrap(model.unembed)
     stored = getattr(inner, "weight", None)
+    if is_packed(inner):
+        own = own_map(inner, model)
+        if own is None:
+            raise UnsupportedModelError(
+                f"The unembedding, {class_name(inner)}, holds its weight in a form that is no"
+                " matrix: keep it as it is where the model is quantised; no unit works."
+            )
+        return own[0]
     if isinstance(stored, Tensor) and (stored.is_meta or is_quantised(stored)):
         weight = parameter(inner, "weight")
         assert weight is not None
