@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.models import of_4, words
+from tests.support.models import load, of_3, of_4, words
 from tests.zoo.bases import LL, NEOX
 from tests.zoo.build import ANSWERS, INCORRECT, build, hf_reference, perturb, tokens
 from tl_dla import attribute_inputs, direct_logit_attribution, load_model
@@ -112,6 +112,19 @@ def test_weights_of_torchao_are_dequantised(unit):
     found, expected = attribute(quantised, unit), attribute(plain, unit)
     assert found.labels == expected.labels and found.reconstruction.passed
     torch.testing.assert_close(found.attribution, expected.attribution, atol=1e-5, rtol=1e-4)
+
+
+@of_3
+@pytest.mark.parametrize("name, unit", [("W_O", "head"), ("W_out", "neuron")])
+def test_a_hooked_transformer_that_packs_its_matrices_is_refused(name, unit):
+    """As `load_in_4bit` leaves them: one column of bytes."""
+    model = load.__wrapped__("ln")
+    block = model.blocks[1]
+    owner = block.attn if name == "W_O" else block.mlp
+    packed = torch.zeros(getattr(owner, name).numel() // 2, 1, dtype=torch.uint8)
+    setattr(owner, name, nn.Parameter(packed, requires_grad=False))
+    with pytest.raises(UnsupportedModelError, match=rf"needs {name} as numbers.*packs it"):
+        direct_logit_attribution(model, tokens(), 5, unit=unit)
 
 
 # ---- bitsandbytes, whose kernels round more than the model does --------------------------------

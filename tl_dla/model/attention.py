@@ -94,7 +94,8 @@ class AttentionReader:
             weight, bias = self.hooks.matrix(attn._modules["o"], f"{at}.o", 'unit="head"')
             weight = weight.unflatten(0, (self._n_heads(attn, weight.shape[0]), -1))
         else:
-            weight, bias = attn.W_O.detach(), parameter(attn, "b_O")
+            weight = self.hooks.stored(attn, "W_O", 'unit="head"')
+            bias = parameter(attn, "b_O")
         scale = block_scale(block)
         return Attention(layer, site, weight, bias, self.norms.post_norm(layer, "ln1"), scale)
 
@@ -139,7 +140,8 @@ class AttentionReader:
         block = self.model.blocks[layer]
         at, attn = f"blocks.{layer}.attn", block.attn
         if not self.hooks.is_bridge:
-            return ValueProjection(layer, attn.W_V.detach(), parameter(attn, "b_V"), 1.0)
+            weight = self.hooks.stored(attn, "W_V", 'unit="source"')
+            return ValueProjection(layer, weight, parameter(attn, "b_V"), 1.0)
         if "v" not in attn._modules or "v_norm" in attn._modules:
             raise self.hooks.refusal(
                 f"A path goes back through one linear map from the stream to a head's values; {at}"

@@ -96,6 +96,21 @@ class Hooks:
             )
         return weight if class_name(inner) == "Conv1D" else weight.mT, bias
 
+    def stored(self, module: Any, name: str, needed_for: str) -> Tensor:
+        """A weight of a `HookedTransformer`, which stores its matrices by head.
+
+        Raises:
+            UnsupportedModelError: where it is packed, as `load_in_4bit` has it.
+        """
+        weight = getattr(module, name).detach()
+        if not weight.is_floating_point():
+            raise self.refusal(
+                f"{needed_for} needs {name} as numbers, but {{}}, a HookedTransformer, packs it in"
+                f" {weight.dtype}: wrap the model as load_model(hf_model, tokenizer)",
+                'unit="component" and unit="layer" work.',
+            )
+        return weight
+
     def refusal(self, why: str, works: str) -> UnsupportedModelError:
         """The error for a part that is not understood; `{}` in `why` becomes the architecture."""
         return UnsupportedModelError(f"{why.format(self.architecture)}; {works}")

@@ -85,7 +85,8 @@ class MLPReader:
         if not self.hooks.is_bridge and hasattr(module, "W_out"):
             bias, site = parameter(module, "b_out"), self.hooks.site(f"{at}.hook_post")
             assert site is not None
-            return MLP(layer, site, module.W_out.detach(), bias, post_norm, factor)
+            weight = self.hooks.stored(module, "W_out", _NEURONS)
+            return MLP(layer, site, weight, bias, post_norm, factor)
         for out in ("out", "dense_out"):
             if out in module._modules:
                 weight, bias = self.hooks.matrix(module._modules[out], f"{at}.{out}", _NEURONS)

@@ -67,7 +67,8 @@ def values_of(reader: AttentionReader, layer: int, d_head: int) -> Values:
             'unit="component" and unit="head" work.',
         )
     if not hooks.is_bridge:
-        W, bias = attn.W_V.detach(), parameter(attn, "b_V")
+        W = hooks.stored(attn, "W_V", "Going back through attention")
+        bias = parameter(attn, "b_V")
         flat = W.transpose(0, 1).flatten(1)
         return Values(norm, factor, (ValueMap("b_V", flat, _flat(bias)),))
     W, bias = hooks.matrix(attn._modules["v"], f"{at}.v", "Going back through attention")
