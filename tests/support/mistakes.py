@@ -96,15 +96,6 @@ def head_with_bias(model, cache, directions):
     return read(stack, cache, directions)
 
 
-def ranked(per_head, k, *, key=lambda v: v, flat=False):
-    order = sorted(range(per_head.numel()), key=lambda i: -float(key(per_head.flatten()[i])))
-    return order[:k] if flat else [divmod(i, per_head.shape[1]) for i in order[:k]]
-
-
-def both(per_head, k):
-    return ranked(per_head, k), ranked(per_head, k, key=lambda v: -v)
-
-
 def norm_with(
     *, gamma=True, scaled=True, centre="first", scale_pos=None, beta="row", recompute=False
 ):
@@ -301,50 +292,6 @@ MISTAKES = {
             ("wrong places", "forgot the final norm's scale"),
         ),
     },
-    "top_heads": {
-        "flat indices": (
-            lambda p, k: (
-                ranked(p, k, flat=True),
-                ranked(p, k, key=lambda v: -v, flat=True),
-            ),
-            "these are flat indices",
-        ),
-        "positive only": (lambda p, k: ranked(p, k), "two lists are wanted"),
-        "next positive": (
-            lambda p, k: (ranked(p, k), ranked(p, 2 * k)[k:]),
-            "next positive heads",
-        ),
-        "head layer": (
-            lambda p, k: tuple([head[::-1] for head in heads] for heads in both(p, k)),
-            r"these are \(head, layer\)",
-        ),
-        "swapped": (lambda p, k: both(p, k)[::-1], "positive and negative are swapped"),
-        "magnitude": (
-            lambda p, k: (ranked(p, k, key=abs), both(p, k)[1]),
-            "first list is by magnitude",
-        ),
-        "negative by magnitude": (
-            lambda p, k: (both(p, k)[0], ranked(p, k, key=abs)),
-            "second list is by magnitude",
-        ),
-        "weakest first": (
-            lambda p, k: tuple(heads[::-1] for heads in both(p, k)),
-            "strongest come first",
-        ),
-        "too few": (lambda p, k: tuple(heads[:1] for heads in both(p, k)), "of each sign"),
-        "divided by the layers": (
-            lambda p, k: tuple(
-                [divmod(layer * p.shape[1] + head, p.shape[0]) for layer, head in heads]
-                for heads in both(p, k)
-            ),
-            "divided the flat indices by the number of layers",
-        ),
-        "swapped twice": (
-            lambda p, k: tuple([head[::-1] for head in heads] for heads in both(p, k)[::-1]),
-            (r"these are \(head, layer\)", "positive and negative are swapped"),
-        ),
-        "one number": (lambda p, k: ([1] * k, [2] * k), "as two numbers"),
-    },
     "layer_norm_split": {
         "gamma twice": (norm_with(gamma=2), "γ is in twice"),
         "beta first": (norm_with(beta="first"), "β is the first row"),
@@ -374,6 +321,10 @@ MISTAKES = {
         "summed": (ledger_with(over="sum"), SUMS + "did you sum over the prompts"),
         "per prompt": (ledger_with(over="none"), "a number for each prompt"),
         "beta scaled": (ledger_with(beta="scaled"), SUMS + "β is not divided"),
+        "b_U first": (
+            lambda *a: solutions.all_rows(*a)[[*range(10), 11, 10]],
+            SUMS + "β and b_U are in the wrong order",
+        ),
         "not centred": (ledger_with(centre=False), SUMS + "did you centre"),
         "no scale": (ledger_with(scaled=False), SUMS + "you forgot the final norm's scale"),
         "no gamma": (ledger_with(gamma=False), SUMS + r"did you forget γ\?"),

@@ -1,4 +1,4 @@
-"""The classic mistakes of the exercises beyond the norm, as a learner would write them."""
+"""The classic mistakes of the exercises that choose and read, as a learner would write them."""
 
 import sys
 from functools import partial
@@ -84,7 +84,7 @@ def by_difference(largest):
 
 def lost(
     model, tokens, correct, incorrect, layer, head,
-    *, at=-1, which=None, over="mean", sign=1, before=True, give=True, leave=False,
+    *, at=-1, which=None, over="mean", sign=1, foil=1, before=True, give=True, leave=False,
 ):  # fmt: skip
     def silence(z, hook):
         z = z.clone()
@@ -93,7 +93,7 @@ def lost(
 
     def difference(logits):
         b = torch.arange(len(tokens))
-        return getattr(logits[b, -1, correct] - logits[b, -1, incorrect], over)()
+        return getattr(logits[b, -1, correct] - foil * logits[b, -1, incorrect], over)()
 
     full = difference(model(tokens))
     hook = (f"blocks.{layer}.attn.hook_z", silence)
@@ -108,6 +108,18 @@ def lost(
 def row(model, tokens, correct, incorrect, layer, head):
     _, cache = model.run_with_cache(tokens)
     return float(rows_for(model, cache, correct, incorrect)[layer, head])
+
+
+# ---- the heads that write most -----------------------------------------------------------------
+
+
+def ranked(per_head, k, *, key=lambda v: v, flat=False):
+    order = sorted(range(per_head.numel()), key=lambda i: -float(key(per_head.flatten()[i])))
+    return order[:k] if flat else [divmod(i, per_head.shape[1]) for i in order[:k]]
+
+
+def both(per_head, k):
+    return ranked(per_head, k), ranked(per_head, k, key=lambda v: -v)
 
 
 # ---- exercise, mistake, what the check says ------------------------------------------------------
@@ -129,7 +141,7 @@ MISTAKES = {
         ),
         "BOS": (partial(pair, bos=True), "the token that begins every prompt"),
         "strings": (lambda m, p: (" Mary", " John"), "these are strings"),
-        "one": (lambda m, p: pair(m, p)[:1], "two token ids are wanted"),
+        "one": (lambda m, p: pair(m, p)[:1], "two numbers are wanted, the token ids"),
         "always Mary": (lambda m, p: (351, 297), r"right for 0 of 4 .*' Mary'"),
     },
     "source_contributions": {
@@ -152,7 +164,56 @@ MISTAKES = {
             ("all of the head's attention", "tokens are added up"),
         ),
     },
+    "top_heads": {
+        "flat indices": (
+            lambda p, k: (
+                ranked(p, k, flat=True),
+                ranked(p, k, key=lambda v: -v, flat=True),
+            ),
+            "these are flat indices",
+        ),
+        "positive only": (lambda p, k: ranked(p, k), "two lists are wanted"),
+        "next positive": (
+            lambda p, k: (ranked(p, k), ranked(p, 2 * k)[k:]),
+            "next positive heads",
+        ),
+        "head layer": (
+            lambda p, k: tuple([head[::-1] for head in heads] for heads in both(p, k)),
+            r"these are \(head, layer\)",
+        ),
+        "swapped": (lambda p, k: both(p, k)[::-1], "positive and negative are swapped"),
+        "magnitude": (
+            lambda p, k: (ranked(p, k, key=abs), both(p, k)[1]),
+            "first list is by magnitude",
+        ),
+        "negative by magnitude": (
+            lambda p, k: (both(p, k)[0], ranked(p, k, key=abs)),
+            "second list is by magnitude",
+        ),
+        "weakest first": (
+            lambda p, k: tuple(heads[::-1] for heads in both(p, k)),
+            "strongest come first",
+        ),
+        "too few": (lambda p, k: tuple(heads[:1] for heads in both(p, k)), "of each sign"),
+        "divided by the layers": (
+            lambda p, k: tuple(
+                [divmod(layer * p.shape[1] + head, p.shape[0]) for layer, head in heads]
+                for heads in both(p, k)
+            ),
+            "divided the flat indices by the number of layers",
+        ),
+        "swapped twice": (
+            lambda p, k: tuple([head[::-1] for head in heads] for heads in both(p, k)[::-1]),
+            (r"these are \(head, layer\)", "positive and negative are swapped"),
+        ),
+        "one number": (lambda p, k: ([1] * k, [2] * k), "wanted as two numbers"),
+        "names": (lambda p, k: (["L0H1"] * k, ["L1H0"] * k), "these are text"),
+    },
     "suppressing_head": {
+        "no gamma": (
+            lambda m, c, t: head_at(solutions.per_head_logit_diff(m, c, m.W_U[:, t].T).argmin()),
+            "you forgot γ, or to centre",
+        ),
         "highest": (
             lambda m, c, t: head_at(rows_for(m, c, t).argmax()),
             "raises the tokens' logit most",
@@ -180,6 +241,17 @@ MISTAKES = {
             "all of it is at the last token",
         ),
         "last layer": (lambda f: (int(f[0].argmax()), len(f) - 2), "does not have to be"),
+        "largest": (
+            lambda f: (int(f[0].argmax()), f.argmax(1).tolist().index(f.shape[1] - 1) - 1),
+            "less than half",
+        ),
+        "half of the end": (
+            lambda f: (
+                int(f[0].argmax()),
+                (f[:, -1] > f[-1, -1] / 2).tolist().index(True) - 1,
+            ),
+            "less than half",
+        ),
         "one": (lambda f: 3, "two numbers are wanted"),
         "another": (lambda f: (0, 0), "one of them is off"),
     },
@@ -193,7 +265,12 @@ MISTAKES = {
         "summed": (partial(lost, over="sum"), "the sum over the prompts"),
         "gives nothing": (partial(lost, give=False), "nothing changed"),
         "left on": (partial(lost, leave=True), "your hook is still on the model"),
-        "another": (lambda *a: 1.25, "is not what is lost without L1H3"),
+        "of the answer": (partial(lost, foil=0), "the answer's logit alone"),
+        "everywhere, sign": (
+            partial(lost, at=slice(None), sign=-1),
+            ("the sign", "silent at every position"),
+        ),
+        "another": (lambda *a: 1.25, "not in a way known"),
         "no number": (lambda *a: None, "one number is wanted"),
     },
 }

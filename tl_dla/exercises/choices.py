@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_dla.exercises.comparing import Mistake
+from tl_dla.exercises.comparing import Mistake, tell, two_numbers
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import gamma_directions, heads, ledger, project
 from tl_dla.input_attribution import attribute_inputs
@@ -41,6 +41,8 @@ def _compare_heads(
             f"two lists are wanted, (positive, negative), and you returned {found}: the negative"
             " heads are part of the circuit."
         )
+    if any(isinstance(head, str) for heads in given for head in heads):
+        raise Mistake("heads are wanted as numbers, (layer, head), and these are text.")
     given = [torch.as_tensor(heads).tolist() for heads in given]
     flat = [[layer * n_heads + head for layer, head in heads] for heads in (positive, negative)]
     if given == flat:
@@ -53,36 +55,42 @@ def _compare_heads(
     given = [[tuple(head) for head in heads] for heads in given]
     if given == [positive, negative]:
         return
-    if given == [[head[::-1] for head in heads] for heads in (positive, negative)]:
-        raise Mistake("these are (head, layer): the layer comes first.")
-    if given == [negative, positive]:
-        raise Mistake("positive and negative are swapped.")
+    if [len(heads) for heads in given] != [k, k]:
+        raise Mistake(f"k = {k} heads of each sign are wanted, not {[len(h) for h in given]}.")
+    if [sorted(heads) for heads in given] == [sorted(positive), sorted(negative)]:
+        raise Mistake("these are the right heads in another order: the strongest come first.")
     if given[0] == by_size[:k] and given[0] != positive:
         raise Mistake("the first list is by magnitude: negative heads belong to the second.")
     if given[0] == positive and sorted(given[1]) == sorted(order[k : 2 * k]):
         raise Mistake("the second list has the next positive heads, not the most negative ones.")
-    if given[0] == positive and given[1] == by_size[:k]:
-        raise Mistake("the second list is by magnitude: positive heads belong to the first.")
-    if [sorted(heads) for heads in given] == [sorted(positive), sorted(negative)]:
-        raise Mistake("these are the right heads in another order: the strongest come first.")
-    if [len(heads) for heads in given] != [k, k]:
-        raise Mistake(f"k = {k} heads of each sign are wanted, not {[len(h) for h in given]}.")
-    if given == [[divmod(index, n_layers) for index in heads] for heads in flat]:
-        raise Mistake(
+    turned = [[head[::-1] for head in heads] for heads in (positive, negative)]
+    known = [
+        (turned, "these are (head, layer): the layer comes first."),
+        ([negative, positive], "positive and negative are swapped."),
+        (turned[::-1], "these are (head, layer), and positive and negative are swapped."),
+        (
+            [positive, by_size[:k]],
+            "the second list is by magnitude: positive heads belong to the first.",
+        ),
+        (
+            [[divmod(index, n_layers) for index in heads] for heads in flat],
             "the divisor is wrong: you divided the flat indices by the number of layers. Which axis"
-            " is the one that runs fastest?"
-        )
-    if given == [[divmod(index, n_heads)[::-1] for index in heads] for heads in flat[::-1]]:
-        raise Mistake("these are (head, layer), and positive and negative are swapped.")
-    raise Mistake(
-        f"some of these are other heads: {len({*given[0]} & {*positive})} of the {k} positive and"
-        f" {len({*given[1]} & {*negative})} of the {k} negative ones are right."
+            " is the one that runs fastest?",
+        ),
+    ]
+    right = [len({*own} & {*heads}) for own, heads in zip(given, (positive, negative), strict=True)]
+    tell(
+        given,
+        known,
+        f"some of these are other heads: {right[0]} of the {k} positive and {right[1]} of the {k}"
+        " negative ones are right.",
     )
 
 
 # Read at points 0 to 5: the answer waits at token 2, beside a larger entry against it at token 1,
-# and layer 2 carries it to the last token.
-WAITING = [[0.2, -9.5, 9.0, 5.0, 0.3], [0.1, -8.0, 8.0, 4.0, 0.5], [0.0, -3.0, 6.0, 1.0, 1.0]]
+# and layer 2 carries it to the last token. There, at point 2, the last token holds more than any
+# other, and more than half of what all hold at the end, but not yet half of what all hold.
+WAITING = [[0.2, -9.5, 9.0, 5.0, 0.3], [0.1, -8.0, 8.0, 4.0, 0.5], [0.4, 0.4, 2.5, 0.4, 3.0]]
 ARRIVED = [[0.0, 0.0, 0.5, 0.5, 4.0], [0.0, 0.0, 0.0, 0.2, 5.0], [0.0, 0.0, 0.0, 0.0, 5.0]]
 
 
@@ -92,28 +100,43 @@ def check_read_flow(function: Callable[..., Any], lesson: Lesson) -> None:
         lesson.model, lesson.tokens, lesson.correct, lesson.incorrect, progress=False
     ).flow
     for flow in (torch.tensor(WAITING + ARRIVED), *own.unbind(1)):
-        at_last = (flow[:, -1] > flow.sum(1) / 2).tolist()
-        token, layer = int(flow[0].argmax()), at_last.index(True) - 1
-        given = function(flow)
-        if not isinstance(given, tuple | list) or len(given) != 2:
-            raise Mistake("two numbers are wanted, (token, layer).")
-        given = (int(given[0]), int(given[1]))
-        told = {
-            (token, layer + 1): "the layer is one too high: point l is what is held *before* layer"
-            " l, so what is new there was carried by the layer before.",
-            (layer, token): "these are (layer, token): the token comes first.",
-            (int(flow[0].abs().argmax()), layer): "this token's entry is the largest against the"
-            " answer: the one that holds the answer is positive.",
-            (flow.shape[1] - 1, layer): "at the end all of it is at the last token: the token is"
-            " asked for where it stands at the embeddings, at point 0.",
-            (token, len(flow) - 2): "the last layer does not have to be the one: find the first"
-            " point at which the last token holds more than half.",
-        }
+        token, layer = int(flow[0].argmax()), _first(flow[:, -1] > flow.sum(1) / 2) - 1
+        given = two_numbers(function(flow), "(token, layer)")
         if given == (token, layer):
             continue
-        raise Mistake(
-            told.get(given, f"{given} is not where this flow has it: one of them is off.")
-        )
+        known = [
+            (
+                (token, layer + 1),
+                "the layer is one too high: point l is what is held *before* layer l, so what is"
+                " new there was carried by the layer before.",
+            ),
+            ((layer, token), "these are (layer, token): the token comes first."),
+            (
+                (int(flow[0].abs().argmax()), layer),
+                "this token's entry is the largest against the answer: the one that holds the"
+                " answer is positive.",
+            ),
+            (
+                (flow.shape[1] - 1, layer),
+                "at the end all of it is at the last token: the token is asked for where it stands"
+                " at the embeddings, at point 0.",
+            ),
+            (
+                (token, _first(flow.argmax(1) == flow.shape[1] - 1) - 1),
+                "there the last token holds less than half: it has to hold more than half of what"
+                " all tokens hold at that same point.",
+            ),
+            (
+                (token, len(flow) - 2),
+                "the last layer does not have to be the one: find the first point at which the last"
+                " token holds more than half.",
+            ),
+        ]
+        tell(given, known, f"{given} is not where this flow has it: one of them is off.")
+
+
+def _first(true: Tensor) -> int:
+    return true.tolist().index(True)
 
 
 def check_adds_up(function: Callable[..., Any], lesson: Lesson) -> None:

@@ -5,10 +5,11 @@ choice made otherwise. So every mistake is told by its name, and two at once by 
 single slip gives the learner's numbers, pairs of them are tried before the check says "unknown".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,19 +72,36 @@ def compare(
             f" {list(given.shape)}."
         )
     factor = float((given * right).sum() / right.square().sum())
-    if same(given, factor * right, part=1e-3):
+    if right.ndim and same(given, factor * right, part=1e-3):
         raise Mistake(
             "all your numbers are the same multiple of what is right: a divisor or a factor is"
             " wrong, in one place. What do you divide by, and how often?"
         )
     worst = int((given - right).abs().flatten().argmax())
     entry = [int(i) for i in torch.unravel_index(torch.tensor(worst), right.shape)]
-    high = given.flatten()[worst] > right.flatten()[worst]
+    farthest, own = float(given.flatten()[worst]), float(right.flatten()[worst])
+    where = f"entry {entry} is farthest off, {farthest:.3f}, which" if entry else f"{farthest:.3f}"
     raise Mistake(
-        f"the numbers are wrong, and not in a way known to this check: entry {entry} is farthest"
-        f" off, {given.flatten()[worst]:.3f}, which is too {'high' if high else 'low'}. The hints"
-        " lead to the formula; compare it with yours term by term."
+        f"this is wrong, and not in a way known to this check: {where} is too"
+        f" {'high' if farthest > own else 'low'}. The hints lead to the formula; compare it with"
+        " yours term by term."
     )
+
+
+def tell(given: object, known: Iterable[tuple[object, str]], otherwise: str) -> NoReturn:
+    """Raise `Mistake` with what is said of the known wrong answer that `given` is."""
+    raise Mistake(next((says for wrong, says in known if given == wrong), otherwise))
+
+
+def two_numbers(given: object, wanted: str) -> tuple[int, int]:
+    """A pair of whole numbers, however the learner holds them; `Mistake` for anything else."""
+    pair = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise Mistake(f"two numbers are wanted, {wanted}, not {pair!r:.60}.")
+    if not all(isinstance(one, Integral | Tensor) for one in pair):
+        raise Mistake(f"two whole numbers are wanted, {wanted}, not {pair!r:.60}.")
+    first, second = (int(one) for one in pair)
+    return first, second
 
 
 def _tensor(given: object, axes: str, right: Tensor) -> Tensor:

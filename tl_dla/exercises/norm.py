@@ -123,6 +123,7 @@ def check_all_rows(function: Function, lesson: Lesson) -> None:
         slip("did you sum over the prompts instead of averaging?", over="sum"),
         slip("there is a number for each prompt: average over the batch.", over="none"),
         slip("β is not divided by the scale.", beta="scaled"),
+        slip("β and b_U are in the wrong order: β's part comes first.", last="turned round"),
         CENTRE,
         slip("did you forget γ?", power=0),
         slip("is γ in twice? What `layer_norm_split` returns has it already.", power=2),
@@ -144,4 +145,6 @@ def _all_rows(lesson: Lesson, /, **wrong: Any) -> Tensor:
         rows.append(sign * (unembed @ bias) / scale)
     if b_U is not None:
         rows.append(sign * b_U * bias_diff(lesson))
+    if wrong.get("last"):
+        rows[-2:] = rows[-2:][::-1]
     return reduced(torch.stack(rows), wrong.get("over", "mean"))

@@ -1,13 +1,12 @@
 """Checks of the exercises beyond the norm: tokens, what heads read, runs without a head."""
 
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_dla.exercises.comparing import Mistake, compare, slip
+from tl_dla.exercises.comparing import Mistake, compare, slip, tell, two_numbers
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import (
     answers_at,
@@ -15,6 +14,7 @@ from tl_dla.exercises.reference import (
     gamma_directions,
     heads,
     project,
+    reduced,
     scale_at,
 )
 from tl_dla.exercises.slips import CENTRE, GAMMA_AGAIN, NO_SCALE, SIGN, SQUARED, Function, read
@@ -43,32 +43,32 @@ def check_choose_tokens(function: Function, lesson: Lesson) -> None:
     if given == right:
         return
     bare = [(token(answer), token(foil)) for _, answer, foil in SENTENCES]
-    for names, missing in ((right, ""), (bare, _SPACE)):
-        in_order = [pair[::-1] if i else pair for i, pair in enumerate(names)]
-        in_order[3] = names[3]
-        told = {
-            "": names,
-            "the answer and the foil are swapped: the repeated name is the foil.": [
-                pair[::-1] for pair in names
-            ],
-            "you take the first name for the answer, and in half of the sentences it is the"
-            " repeated one: what tells the two apart is the repetition, not the order.": in_order,
-            "you take the second name for the answer, and in half of the sentences it is the"
-            " repeated one: what tells the two apart is the repetition, not the order.": [
-                pair[::-1] for pair in in_order
-            ],
-        }
-        for sentence, wrong in told.items():
-            if given == wrong:
-                raise Mistake(" ".join(filter(None, (missing, sentence))))
+    known = []
+    for names, missing in ((right, ""), (bare, f"{_SPACE} ")):
+        swapped = [pair[::-1] for pair in names]
+        in_order = [*names[:1], *swapped[1:3], *names[3:]]  # as they stand in the sentences
+        known += [
+            (names, missing.strip()),
+            (
+                swapped,
+                f"{missing}the answer and the foil are swapped: the repeated name is the foil.",
+            ),
+            (in_order, missing + _ORDER.format("first")),
+            ([pair[::-1] for pair in in_order], missing + _ORDER.format("second")),
+        ]
     n_right = sum(a == b for a, b in zip(given, right, strict=True))
     shown = lesson.model.tokenizer.decode([given[-1][0]])
-    raise Mistake(
+    otherwise = (
         f"the pair is right for {n_right} of {len(right)} sentences. For {SENTENCES[-1][0]!r} your"
         f" answer is the token {shown!r}."
     )
+    tell(given, known, otherwise)
 
 
+_ORDER = (
+    "you take the {} name for the answer, and in half of the sentences it is the repeated one:"
+    " what tells the two apart is the repetition, not the order."
+)
 _SPACE = (
     "a leading space is missing: after a word the model says ' Mary', which is another token than"
     " 'Mary'."
@@ -76,21 +76,15 @@ _SPACE = (
 
 
 def _two_ids(given: object, bos: Tensor) -> tuple[int, int]:
-    if isinstance(given, Tensor):
-        given = given.tolist()
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise Mistake("two token ids are wanted, (answer, foil).")
-    if any(isinstance(one, str) for one in given):
+    if isinstance(given, tuple | list) and any(isinstance(one, str) for one in given):
         raise Mistake("token ids are wanted, and these are strings: model.to_single_token(…).")
-    if not all(isinstance(one, Integral | Tensor) for one in given):
-        raise Mistake(f"two whole numbers are wanted, (answer, foil), not {given!r:.60}.")
-    answer, foil = (int(one) for one in given)
-    if int(bos) in (answer, foil):
+    pair = two_numbers(given, "the token ids of (answer, foil)")
+    if int(bos) in pair:
         raise Mistake(
             "this is the token that begins every prompt: to_tokens prepends it unless you say"
             " prepend_bos=False."
         )
-    return answer, foil
+    return pair
 
 
 # ---- what a head reads -------------------------------------------------------------------------
@@ -171,52 +165,50 @@ def _sources(lesson: Lesson, layer: int, head: int, /, **wrong: Any) -> Tensor:
 
 # ---- which head holds a token down -------------------------------------------------------------
 
+# Names that another head lowers most where γ, the centring or the frozen scale is left out.
+TELLING = (" Jennifer", " Lisa", " Anne")
+
 
 def check_suppressing_head(function: Function, lesson: Lesson) -> None:
     """The head that lowers the logit of given tokens most: their own, and not a difference."""
     gamma, n_heads = gamma_beta(lesson)[0], lesson.model.cfg.n_heads
-    others = lesson.incorrect.roll(1)
+    telling = torch.tensor([lesson.model.to_single_token(name) for name in TELLING])
 
-    def rows(tokens: Tensor) -> Tensor:
-        return project(lesson, heads(lesson), gamma * answers_at(lesson, tokens)).mean(-1)
+    def rows(tokens: Tensor, power: int = 1, **wrong: Any) -> Tensor:
+        return project(
+            lesson, heads(lesson), gamma**power * answers_at(lesson, tokens), **wrong
+        ).mean(-1)
 
-    for tokens in (lesson.incorrect, others):
-        own = rows(tokens)
-        given = _one_head(function(lesson.model, lesson.cache, tokens), n_heads)
-        if given == _at(own.argmin(), n_heads):
+    for tokens in (lesson.incorrect, lesson.incorrect.roll(1), telling):
+        own, against = rows(tokens), rows(lesson.correct) - rows(lesson.incorrect)
+        right, given = _at(own.argmin(), n_heads), function(lesson.model, lesson.cache, tokens)
+        if isinstance(given, int) or (isinstance(given, Tensor) and given.ndim == 0):
+            raise Mistake("this is a flat index: two numbers are wanted, (layer, head).")
+        given = two_numbers(given, "(layer, head)")
+        if given == right:
             continue
-        against = rows(lesson.correct) - rows(lesson.incorrect)
-        told = [
-            (
-                _at(own.argmin(), n_heads)[::-1],
-                "this is (head, layer): the layer comes first.",
+        known = {
+            "this is (head, layer): the layer comes first.": right[::-1],
+            "this head raises the tokens' logit most: the one that lowers it is asked for.": _at(
+                own.argmax(), n_heads
             ),
-            (
-                _at(own.argmax(), n_heads),
-                "this head raises the tokens' logit most: the one that lowers it is asked for.",
+            "this head has the lowest row of the logit difference. Of a difference one cannot tell"
+            " whether the answer falls or the foil rises: take the tokens' own logits.": _at(
+                against.argmin(), n_heads
             ),
-            (
-                _at(against.argmin(), n_heads),
-                "this head has the lowest row of the logit difference. Of a difference one cannot"
-                " tell whether the answer falls or the foil rises: take the tokens' own logits.",
+            "this head helps the answer most, which says nothing of why: take the logits of the"
+            " tokens given.": _at(against.argmax(), n_heads),
+            "this is the head with the smallest effect of either sign: the most negative one is"
+            " asked for.": _at(own.abs().argmin(), n_heads),
+            "you forgot γ, or to centre: read the heads as in the exercise on heads.": _at(
+                rows(tokens, power=0).argmin(), n_heads
             ),
-            (
-                _at(against.argmax(), n_heads),
-                "this head helps the answer most, which says nothing of why: take the logits of the"
-                " tokens given.",
-            ),
-            (
-                _at(own.abs().argmin(), n_heads),
-                "this is the head with the smallest effect of either sign: the most negative one is"
-                " asked for.",
-            ),
-        ]
-        for head, sentence in told:
-            if given == head:
-                raise Mistake(sentence)
-        raise Mistake(
+        }
+        tell(
+            given,
+            [(head, sentence) for sentence, head in known.items()],
             f"L{given[0]}H{given[1]} writes {own[given]:+.3f} to the logit of those tokens, on"
-            " average over the prompts; another head lowers it more."
+            " average over the prompts; another head lowers it more.",
         )
 
 
@@ -224,70 +216,63 @@ def _at(index: Tensor, n_heads: int) -> tuple[int, int]:
     return divmod(int(index), n_heads)
 
 
-def _one_head(given: object, n_heads: int) -> tuple[int, int]:
-    if isinstance(given, Tensor):
-        given = given.tolist()
-    if isinstance(given, Integral):
-        raise Mistake("this is a flat index: two numbers are wanted, (layer, head).")
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise Mistake(f"one head is wanted, (layer, head), not {given!r:.60}.")
-    layer, head = (int(one) for one in given)
-    return layer, head
-
-
 # ---- what the model does without a head --------------------------------------------------------
 
 
 def check_logit_diff_lost(function: Function, lesson: Lesson) -> None:
     """Silence a head at the last position, run again: how much of the difference is gone."""
-    model, before = lesson.model, lesson.logit_diff
-
-    def lost(layer: int, head: int | slice, at: int | slice = -1) -> float:
-        def silence(z: Tensor, hook: object) -> Tensor:
-            z[:, at, head] = 0
-            return z
-
-        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", silence)]):
-            return before - lesson.diff_of(model(lesson.tokens))
-
+    slips = [
+        slip("the sign: a positive number is a difference lost, before less after.", sign=-1),
+        slip("this is the difference that is left: how much of it is gone?", measure="left"),
+        slip(
+            "this is the head's row, its direct effect. Silence the head and run the model again:"
+            " the others react.",
+            measure="row",
+        ),
+        slip(
+            "the head is silent at every position: silence it at the last one alone.",
+            at=slice(None),
+        ),
+        slip("this silences position 0: the last one, -1, is asked for.", at=0),
+        slip("the whole layer is silent: silence one head.", which=slice(None)),
+        slip("this is the sum over the prompts: average over the batch.", over="sum"),
+        slip("this is of the answer's logit alone: subtract the foil's.", foil=0),
+        slip(
+            "nothing changed: does the hook return, or change in place, what it was given?",
+            measure="nothing",
+        ),
+    ]
     for layer, head in ((1, 3), (3, 0)):
-        given = function(model, lesson.tokens, lesson.correct, lesson.incorrect, layer, head)
+        tokens, answers = lesson.tokens, (lesson.correct, lesson.incorrect)
+        given = function(lesson.model, tokens, *answers, layer, head)
         _leave_no_hooks(lesson)
-        if isinstance(given, Tensor) and given.numel() == 1:
-            given = given.item()
-        if not isinstance(given, float | int):
+        if not isinstance(given, float | int | Tensor) or torch.as_tensor(given).numel() != 1:
             raise Mistake(f"one number is wanted, not a {type(given).__name__}.")
-        right = lost(layer, head)
-        if abs(given - right) < 1e-3:
-            continue
-        direct = project(lesson, heads(lesson)[layer, head], gamma_directions(lesson)).mean()
-        told = [
-            (-right, "the sign: a positive number is a difference lost, before less after."),
-            (before - right, "this is the difference that is left: how much of it is gone?"),
-            (
-                float(direct),
-                "this is the head's row, its direct effect. Silence the head and run the model"
-                " again: the others react.",
-            ),
-            (
-                lost(layer, head, slice(None)),
-                "the head is silent at every position: silence it at the last one alone.",
-            ),
-            (lost(layer, head, 0), "this silences position 0: the last one, -1, is asked for."),
-            (lost(layer, slice(None)), "the whole layer is silent: silence one head."),
-            (
-                right * len(lesson.tokens),
-                "this is the sum over the prompts: average over the batch.",
-            ),
-            (0.0, "nothing changed: does the hook return, or change in place, what it was given?"),
-        ]
-        for value, sentence in told:
-            if abs(given - value) < 1e-3:
-                raise Mistake(sentence)
-        raise Mistake(
-            f"{given:.3f} is not what is lost without L{layer}H{head}. Is the hook at"
-            f" blocks.{layer}.attn.hook_z, which is [batch, pos, head, d_head]?"
-        )
+        given = torch.as_tensor(given).reshape(())
+        compare(given, partial(_lost, lesson, layer, head), slips, "")
+
+
+def _lost(lesson: Lesson, layer: int, head: int, /, **wrong: Any) -> Tensor:
+    at, which, measure = wrong.get("at", -1), wrong.get("which", head), wrong.get("measure")
+
+    def difference(logits: Tensor) -> Tensor:
+        last, prompt = logits[:, -1].double(), torch.arange(len(logits))
+        foil = wrong.get("foil", 1) * last[prompt, lesson.incorrect]
+        return reduced(last[prompt, lesson.correct] - foil, wrong.get("over", "mean"))
+
+    def silence(z: Tensor, hook: object) -> Tensor:
+        z[:, at, which] = 0
+        return z
+
+    with lesson.model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", silence)]):
+        without = difference(lesson.model(lesson.tokens))
+    of = {
+        None: difference(lesson.logits) - without,
+        "left": without,
+        "row": project(lesson, heads(lesson)[layer, head], gamma_directions(lesson)).mean(),
+        "nothing": torch.zeros_like(without),
+    }
+    return wrong.get("sign", 1) * of[measure]
 
 
 def _leave_no_hooks(lesson: Lesson) -> None:
