@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,6 +81,17 @@ def test_named_heads_and_the_kind_at_the_attributed_token():
         assert head.query_scores == pytest.approx(scores(pooled), nan_ok=True)
     with pytest.raises(ArgumentError, match=r"must name head rows .* \['L9H9'\] was given"):
         top_heads_with_patterns(result, heads=["L9H9"])
+
+
+@of_4
+def test_a_column_is_named_where_it_is_that_of_every_prompt():
+    result = attribute(load("llama"), ["w3 w4 w5 w3 w4 w9 w8", "w8 w4 w8 w9"], pos=-1)
+    [head] = top_heads_with_patterns(result, heads="L0H1")
+    for columns, named in (([5, 2], True), ([5, None], False), ([5, 1], False)):
+        head = replace(head, columns=columns, kind="column")
+        token = f" {head.tokens[0][columns[0]]!r}" if named else ""
+        assert head.described()[1] == f"column{token} {head.scores['column']:.2f}"
+    assert head.tokens[0][5] == head.tokens[1][2] == "w4"
 
 
 @pytest.mark.real

@@ -90,6 +90,17 @@ def test_what_the_checks_call_right_adds_up_to_what_the_model_returned(lesson):
     torch.testing.assert_close(heads(lesson).sum(1), attn.double(), atol=1e-5, rtol=0)
 
 
+def test_what_the_notebook_says_of_the_lesson_holds(lesson):
+    tokens, answers = lesson.tokens, (lesson.correct, lesson.incorrect)
+    directions = solutions.logit_diff_directions(lesson.model, *answers)
+    rows = solutions.per_head_logit_diff(lesson.model, lesson.cache, directions)
+    assert (rows.abs() >= 1).nonzero().tolist() == [[1, 0], [2, 0], [3, 0]]
+    assert float(rows[1, 3]) == pytest.approx(0.9, abs=0.05)  # and more is lost without it
+    assert solutions.logit_diff_lost(lesson.model, tokens, *answers, 1, 3) > 2 * rows[1, 3]
+    head = solutions.suppressing_head(lesson.model, lesson.cache, lesson.incorrect)
+    assert rows[head] > 0.5  # it helps, by holding a name down
+
+
 def test_the_lesson_leaves_nothing_at_zero_that_could_be_forgotten(lesson):
     stream = lesson.cache["resid_post", -1][:, -1]
     assert stream.mean(-1).abs().min() > 1

@@ -15,10 +15,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from tl_dla.errors import ModelNotFoundError
+from tl_dla.exercises import EXERCISES
 from tl_dla.loading.gguf import PACKAGES, installed_parts
 
 FOLDER = Path(__file__).parents[2] / "tutorials"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+EXERCISES_NOTEBOOK = "exercises/exercises.ipynb"
 PICTURE, FIGURE = "image/png", "application/vnd.plotly.v1+json"
 # Where each leaves the demo model for a real one, as its cell begins; None: it runs as a whole.
 REAL_FROM = {
@@ -125,7 +127,7 @@ def test_every_tutorial_is_run():
     assert NOTEBOOKS == sorted(REAL_FROM)
 
 
-@pytest.mark.parametrize("name", [*NOTEBOOKS, "exercises/exercises.ipynb"])
+@pytest.mark.parametrize("name", [*NOTEBOOKS, EXERCISES_NOTEBOOK])
 def test_a_notebook_opens_with_three_lines_a_prediction_and_what_installs_it(name):
     first, install = read(name).cells[:2]
     lines = first.source.splitlines()
@@ -135,7 +137,7 @@ def test_a_notebook_opens_with_three_lines_a_prediction_and_what_installs_it(nam
     assert '"google.colab" in sys.modules' in install.source and "tl-dla" in install.source
 
 
-@pytest.mark.parametrize("name", [*NOTEBOOKS, "exercises/exercises.ipynb"])
+@pytest.mark.parametrize("name", [*NOTEBOOKS, EXERCISES_NOTEBOOK])
 def test_a_notebook_asks_a_question_and_folds_its_answer(name):
     text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
     assert len(re.findall(r"<details><summary>[^<]*\?</summary>", text)) >= 1
@@ -250,13 +252,29 @@ def test_cells_are_named_and_short(name):
     assert max(cell.source.count("\n") for cell in code(notebook)) < 40
 
 
-def test_the_readme_has_a_line_for_every_notebook_with_its_minutes():
-    lines = (FOLDER / "README.md").read_text().splitlines()
-    for name in [*NOTEBOOKS, "exercises/exercises.ipynb"]:
-        line = next(one for one in lines if f"]({name})" in one)
-        minutes = line.split("|")[2].strip()
-        said = read(name).cells[0].source.partition("**It takes** ")[2]
-        assert said.startswith(f"{minutes} minutes")
+def minutes(name: str) -> float:
+    """Reading, pictures and tables, questions and tasks, as the README of the folder reckons."""
+    notebook = read(name)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    if name == EXERCISES_NOTEBOOK:
+        work = sum({1: 3, 2: 6, 3: 10}[exercise.points] for exercise in EXERCISES.values())
+    else:
+        shown = sum(len(cell.outputs) for cell in code(notebook))
+        work = 0.5 * shown + 2 * len(re.findall(r"\*\*Predict first|To think about", text))
+    return len(text.split()) / 200 + work
+
+
+def test_the_minutes_are_reckoned_and_those_of_the_readme():
+    table = (FOLDER / "README.md").read_text()
+    said = {name: int(n) for name, n in re.findall(r"\]\(([\w/]+\.ipynb)\) \| (\d+) \|", table)}
+    assert list(said) == [*NOTEBOOKS, EXERCISES_NOTEBOOK]
+    for name, number in said.items():
+        assert number == 5 * round(minutes(name) / 5), (name, minutes(name))
+        assert f"**It takes** {number} minutes" in read(name).cells[0].source
+    chapters = list(said.values())[:-1]
+    assert "two hours and twenty minutes" in table and sum(chapters) == 140
+    assert "75 to\n90 minutes: 1, 2, 4, 6 and 9" in table
+    assert 75 <= sum(chapters[i - 1] for i in (1, 2, 4, 6, 9)) <= 90
 
 
 def test_the_published_values_add_up_and_are_those_of_the_notebook():

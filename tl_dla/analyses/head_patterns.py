@@ -182,8 +182,9 @@ class HeadPattern:
             name: KindOrOther, score: dict[PatternKind, float], prompts: Sequence[int]
         ) -> str:
             named = [(self.tokens[b], self.columns[b]) for b in prompts]
-            names = {tokens[key] for tokens, key in named if key is not None}
-            which = f" {names.pop()!r}" if name == "column" and len(names) == 1 else ""
+            names = {None if key is None else tokens[key] for tokens, key in named}
+            shared = names.pop() if name == "column" and len(names) == 1 else None
+            which = "" if shared is None else f" {shared!r}"
             return name if name == "other" else f"{name}{which} {score[name]:.2f}"
 
         over = words(self.kind, self.scores, every)
