@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.pages import NASTY, PROMPTS, bridge
-from tl_dla import direct_logit_attribution, self_repair
+from tl_dla import attribute_inputs, direct_logit_attribution, self_repair
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
 from tl_dla.analyses.logit_lens import logit_lens
 from tl_dla.figures import charts
@@ -218,10 +218,12 @@ def test_nothing_is_printed_over_anything_else(show, width):
         options = dict(candidate_tokens=["mat", "cat", "on"], unit=candidates)
         shown.append(direct_logit_attribution(bridge(), PROMPTS[0], **options))
     shown += [batch(unit="head").audit(k=6, progress=False), self_repair(shown[1], "L2H4")]
+    shown += [attribute_inputs(bridge(), PROMPTS[0], "mat", "cat")]
     for result in shown:
         page = show(result.plot(width=width), width=width)
         assert apart(page, words), result
         assert inside(page, f"{words}, .legendtext", width), result
+        assert apart(page, ".ytick text, .y8tick text, .bars .point text"), result
 
 
 def apart(page, selector):

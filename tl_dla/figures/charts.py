@@ -170,17 +170,21 @@ def intervals(
     return styled(fig, heading, look, Sizes(20 + 22 * len(labels)))
 
 
-def room_beside(ends: Sequence[float], fallen: Sequence[float], look: Look) -> tuple[float, float]:
+def room_beside(
+    ends: Sequence[float], fallen: Sequence[float], labels: Sequence[str], look: Look
+) -> tuple[float, float]:
     """The ends of a horizontal axis, with room for the numbers beside the bars.
 
     Args:
         ends: where the bars begin and end.
         fallen: the ends of those whose number stands on the left.
-        look: how wide the figure is; a phone's width where none is given. Seven characters need
-            50 pixels of what the names leave.
+        labels: the rows' names, which stand beside the axis.
+        look: how wide the figure is; a phone's width where none is given.
     """
     low, high = min(0.0, *ends), max(0.0, *ends)
-    room = max(0.18, 50 / max(60, (look.width or 390) - 190)) * ((high - low) or 1.0)
+    width = (look.width or 390) - 40 - 6.4 * max(map(len, labels))
+    number = 46  # pixels of seven characters, on either side
+    room = max(0.18, number / max(60, width - 2 * number)) * ((high - low) or 1.0)
     return min([low - 0.3 * room, *(end - room for end in fallen)]), high + room
 
 

@@ -122,7 +122,7 @@ def repair(
     fallen = [end for end, value in zip(ends[1:], values, strict=True) if value < 0]
     fig.update_yaxes(charts.ledger_axis(labels))
     fig.update_xaxes(
-        title_text="logits", zeroline=True, range=charts.room_beside(ends, fallen, look)
+        title_text="logits", zeroline=True, range=charts.room_beside(ends, fallen, labels, look)
     )
     return charts.styled(fig, heading, look, Sizes(_ROW * len(labels) + 20))
 

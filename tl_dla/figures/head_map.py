@@ -208,7 +208,9 @@ def _add_ledger(
     axis = dict(domain=[0, 1], anchor=y, title_text=view.words.units, zeroline=True)
     if len(view.samples) == 1:
         ends = one.rows.values[:, 0].tolist()
-        axis["range"] = charts.room_beside(ends, [end for end in ends if end < 0], look)
+        axis["range"] = charts.room_beside(
+            ends, [end for end in ends if end < 0], one.rows.labels, look
+        )
         words = dict(textposition="outside", textfont_size=10, cliponaxis=False)
         traces[0].update(text=[number(end) for end in ends], **words)
     fig.add_traces(traces)

@@ -78,7 +78,7 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         fig = go.Figure(waterfall(rows, view.names[0], folded))
         ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
         fallen = [end for end, value in zip(ends[1:], values[:, 0], strict=False) if value < 0]
-        fig.update_xaxes(range=charts.room_beside(ends, fallen, look))
+        fig.update_xaxes(range=charts.room_beside(ends, fallen, rows.labels, look))
     else:
         fig = go.Figure(bars(rows, view.names))
         fig.data[0].marker = dict(

@@ -102,7 +102,8 @@ def _add_ledger(fig: go.Figure, rows: Bars, view: View, look: Look, place: _Plac
     axis: dict[str, Any] = dict(domain=place.x, anchor=y, title_text=view.words.units)
     if len(view.samples) == 1:
         ends = rows.values[:, 0].tolist()
-        axis["range"] = charts.room_beside(ends, [end for end in ends if end < 0], look)
+        fallen = [end for end in ends if end < 0]
+        axis["range"] = charts.room_beside(ends, fallen, rows.labels, look)
         words = dict(textposition="outside", textfont_size=10, cliponaxis=False)
         traces[0].update(text=[number(end) for end in ends], **words)
     fig.add_traces(traces)
