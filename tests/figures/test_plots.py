@@ -327,6 +327,9 @@ def test_candidates_by_layer_are_lines():
     own = own_logits(PROMPTS[0], "mat", "cat", "on")
     assert [trace.name for trace in figure.data] == ["'mat'", "'cat'", "'on'"]
     np.testing.assert_allclose([trace.y[-1] for trace in figure.data], own, rtol=1e-5)
+    assert figure.layout.hovermode == "x unified"  # one hover for all lines
+    assert "'cat'" in figure.data[1].hovertemplate
+    assert list(figure.data[0].x) == result.labels
 
 
 def test_positions_of_one_prompt_are_columns_of_tokens():

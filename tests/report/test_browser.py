@@ -159,8 +159,19 @@ def test_candidates_and_positions_are_drawn(show):
     lines = direct_logit_attribution(
         bridge(), PROMPTS[0], candidate_tokens=["mat", "cat"], unit="layer"
     )
-    named = [text.rpartition(" ")[0] for text in texts(show(lines.plot()), ".annotation-text")]
+    page = show(lines.plot())
+    named = [text.rpartition(" ")[0] for text in texts(page, ".annotation-text")]
     assert sorted(named) == ["'cat'", "'mat'"]
+    x, y = page.evaluate(
+        "(f => { const { xaxis } = f._fullLayout, box = f.getBoundingClientRect();"
+        " return [box.left + xaxis._offset + xaxis.c2p(3), box.top + box.height / 2] })"
+        "(document.querySelector('.js-plotly-plot'))"
+    )
+    page.hover(x, y)
+    page.wait("document.querySelector('.hoverlayer .legend') !== null")
+    hover = " ".join(texts(page, ".hoverlayer text"))
+    values = [float(lines["1_mid"][0, c]) for c in range(2)]
+    assert all(f"{value:+.4f}" in hover.replace("−", "-") for value in values) and "1_mid" in hover
 
 
 def test_intervals_are_drawn(show):

@@ -1,7 +1,7 @@
 """The figure of `layer` rows: the stream's reading, step by step, up to the model's logit."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,7 +11,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, number, percent, safe, visible
-from tl_dla.figures.view import View, headings
+from tl_dla.figures.view import Sample, View, headings
 
 _STEP_COLOURS = {"attention": "#8a63a8", "MLP": "#c98a2b", "state space": "#4a9aa5"}
 _BODY = 340  # pixels
@@ -23,9 +23,20 @@ class _Readings:
     """The stations of the stream with their places on the axis, and what is read there."""
 
     names: list[str]
-    places: list[float]
+    places: list[int]
     levels: Float[np.ndarray, "station sample candidate"]
     writers: list[str]
+
+    @property
+    def keys(self) -> list[str]:
+        """The stations as plotly reads them."""
+        return [safe(name) for name in self.names]
+
+    @property
+    def axis(self) -> list[str]:
+        """The stations with what stands between them, which has no name."""
+        at = dict(zip(self.places, self.keys, strict=True))
+        return [at.get(i, "\u200b" * (i + 1)) for i in range(self.places[-1] + 1)]
 
 
 def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
@@ -53,22 +64,22 @@ def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
         named = [(repr(name), end) for name, end in zip(view.candidates, ends, strict=True)]
     elif view.several_positions:
         traces = _position_lines(readings, view)
-        tokens = [str(s.position) if s.token is None else visible(s.token) for s in view.samples]
-        named = list(zip(tokens, readings.levels[-1, :, 0], strict=True))
+        named = list(zip(map(_token, view.samples), readings.levels[-1, :, 0], strict=True))
     else:
         traces = _prompt_lines(readings, view) + _steps(readings, view)
     fig = go.Figure(traces)
     few = 0 < len(named) <= _MOST_NAMED
     beside = 20 + max([6.5 * len(_named(*one)) for one in named if few] or [44])  # pixels
-    points = [name for name in readings.names if not name.endswith("_mid")]
+    points = [name for name in readings.keys if not name.endswith("_mid")]
     layers = [name for name in points if name.endswith("_pre")]
     most = max(3, (look.room - 160) // 30)
     ticks = layers[:: -(-len(layers) // most)] + [name for name in points if name not in layers]
-    at = dict(zip(readings.names, readings.places, strict=True))
     fig.update_xaxes(
+        type="category",
+        categoryarray=readings.axis,
         tickmode="array",
-        tickvals=[at[name] for name in ticks],
-        ticktext=[safe(name.removesuffix("_pre").removesuffix("_post")) for name in ticks],
+        tickvals=ticks,
+        ticktext=[name.removesuffix("_pre").removesuffix("_post") for name in ticks],
         title_text="before layer",
         range=[-0.3, readings.places[-1] + 0.1],
         showgrid=False,
@@ -78,7 +89,12 @@ def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
     fig.update_yaxes(title_text=unit, zeroline=True)
     if few:
         _name_ends(fig, readings, named)
-    marks = {name: ("x", "paper", place - 0.5, place + 0.5, 0.0, 1.0) for name, place in at.items()}
+        fig.update_layout(hovermode="x unified")
+    elif named:
+        for line in fig.select_traces(lambda trace: trace.hovertemplate):
+            line.hovertemplate = f"<b>%{{x}}</b><br>{line.hovertemplate}"
+    at = zip(readings.names, readings.places, strict=True)
+    marks = {name: ("x", "paper", place - 0.5, place + 0.5, 0.0, 1.0) for name, place in at}
     fig.update_layout(meta=dict(marks=marks))
     heading = Heading(*headings("Reading of the stream for", view))
     legend = 16 if named else 56 if look.narrow else 34
@@ -94,33 +110,19 @@ def _read(view: View) -> _Readings:
     levels = [*view.values[points]]
     for row in biases:
         levels.append(levels[-1] + view.values[row])
-    gap, last = max(1.0, len(points) / 10), len(points) - 1
+    gap, last = max(1, round(len(points) / 10)), len(points) - 1
     return _Readings(
         names=[view.labels[row] for row in [*points, *biases]],
-        places=[*map(float, range(len(points))), *(last + gap * i for i in _from_one(biases))],
+        places=[*range(len(points)), *(last + gap * i for i in range(1, len(biases) + 1))],
         levels=np.stack(levels),
         writers=[view.writers.get(view.labels[row], "block") for row in points]
         + ["bias" for _ in biases],
     )
 
 
-def _from_one(items: Sequence[int]) -> range:
-    return range(1, len(items) + 1)
-
-
-def _line(
-    readings: _Readings, y: Float[np.ndarray, " station"], about: str, **options: object
-) -> go.Scatter:
-    """A line through all stations, whose hover says where and what it is of."""
-    return go.Scatter(
-        x=readings.places,
-        y=y,
-        text=[safe(name) for name in readings.names],
-        mode="lines",
-        hovertemplate="<b>%{text}</b><br>%{y:+.4f} logits"
-        f"<br>{in_template(about)}<extra></extra>",
-        **options,
-    )
+def _line(readings: _Readings, y: Float[np.ndarray, " station"], **options: Any) -> go.Scatter:
+    """A line through all stations."""
+    return go.Scatter(x=readings.keys, y=y, mode="lines", **options)
 
 
 def _prompt_lines(readings: _Readings, view: View) -> list[go.Scatter]:
@@ -135,7 +137,14 @@ def _prompt_lines(readings: _Readings, view: View) -> list[go.Scatter]:
     )
     levels = readings.levels[..., 0]
     return [
-        _line(readings, levels[:, i], name, showlegend=i == 0, **style)
+        _line(
+            readings,
+            levels[:, i],
+            showlegend=i == 0,
+            hovertemplate=f"<b>%{{x}}</b><br>%{{y:+.4f}} logits<br>{in_template(name)}"
+            "<extra></extra>",
+            **style,
+        )
         for i, name in enumerate(view.names)
     ]
 
@@ -147,7 +156,7 @@ def _position_lines(readings: _Readings, view: View) -> list[go.Scatter]:
         _line(
             readings,
             readings.levels[:, i, 0],
-            name,
+            hovertemplate=f"{in_template(_token(view.samples[i]))}: %{{y:+.4f}}<extra></extra>",
             line=dict(color=theme.POSITIVE, width=1.6),
             opacity=0.25 + 0.75 * view.samples[i].position / last,
             name=safe(name),
@@ -157,9 +166,15 @@ def _position_lines(readings: _Readings, view: View) -> list[go.Scatter]:
     ]
 
 
+def _token(sample: Sample) -> str:
+    """A position's token, or where it is."""
+    return str(sample.position) if sample.token is None else visible(sample.token)
+
+
 def _candidate_lines(readings: _Readings, view: View) -> list[go.Scatter]:
     """A line for each candidate, and a thin one for each of its samples."""
-    traces = []
+    traces, n_samples = [], len(view.samples)
+    mean = "mean, " if n_samples > 1 else ""
     for c, name in enumerate(view.candidates):
         style = dict(
             line_color=theme.PALETTE[c % len(theme.PALETTE)],
@@ -168,11 +183,12 @@ def _candidate_lines(readings: _Readings, view: View) -> list[go.Scatter]:
             name=safe(repr(name)),
         )
         levels = readings.levels[..., c]
-        if len(view.samples) > 1:
-            thin = style | dict(showlegend=False, line_width=0.8, opacity=0.4)
-            for i, sample in enumerate(view.names):
-                traces.append(_line(readings, levels[:, i], f"{name!r}, {sample}", **thin))
-        traces.append(_line(readings, levels.mean(1), repr(name), line_width=2.5, **style))
+        if n_samples > 1:
+            thin = dict(showlegend=False, line_width=0.8, opacity=0.4, hoverinfo="skip")
+            traces += [_line(readings, levels[:, i], **style | thin) for i in range(n_samples)]
+        hover = f"{mean}{in_template(repr(name))}: %{{y:+.4f}}<extra></extra>"
+        bold = dict(line_width=2.5, hovertemplate=hover)
+        traces.append(_line(readings, levels.mean(1), **style, **bold))
     return traces
 
 
@@ -208,7 +224,7 @@ def _named(name: str, end: float) -> str:
 
 def _steps(readings: _Readings, view: View) -> list[go.Scatter]:
     """The line, or the mean of several, in pieces coloured by what wrote them, and its points."""
-    mean, places = readings.levels[..., 0].mean(1), readings.places
+    mean, places = readings.levels[..., 0].mean(1), readings.keys
     pieces: dict[str, list[int]] = {}
     for i, writer in enumerate(readings.writers):
         if i:
