@@ -47,8 +47,8 @@ def load_model(
               is merged into its base model (needs the package `peft`);
             - a `.gguf` file;
             - a hub id, such as `"gpt2"`;
-            - a loaded model of `transformers`, which is wrapped, not copied, and set to eager
-              attention; one of `peft`, of which a merged copy is taken;
+            - a loaded model of `transformers`, quantised or offloaded too, which is wrapped, not
+              copied, and set to eager attention; one of `peft`, of which a merged copy is taken;
             - a `HookedTransformer` or a `TransformerBridge`, which is returned as it is.
         tokenizer: for a loaded model, where its own name does not lead to its tokenizer.
         device: where the model goes; `None` is TransformerLens's choice (an accelerator if any), or
