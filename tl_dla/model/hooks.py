@@ -84,11 +84,10 @@ class Hooks:
         """
         inner = unwrap(module)
         weight, bias = parameter(inner, "weight"), parameter(inner, "bias")
+        if is_packed(inner) and (own := own_map(inner, self.model)) is not None:
+            self.map_eps = max(self.map_eps, own[1])
+            return own[0], bias
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            own = own_map(inner, self.model)
-            if own is not None:
-                self.map_eps = max(self.map_eps, own[1])
-                return own[0], bias
             raise self.refusal(
                 f"{needed_for} needs the weight of {at} as a matrix, but {class_name(inner)} in"
                 " {} holds it in another form",
@@ -164,17 +163,19 @@ def is_quantised(weight: Any) -> bool:
 
 
 def is_packed(module: Any) -> bool:
-    """Whether a module holds its weight in a form that is no matrix of numbers."""
+    """Whether a module holds its weight as anything but a matrix of numbers."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not (weight.ndim == 2 and weight.is_floating_point())
+    is_matrix = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    return isinstance(weight, Tensor) and (is_quantised(weight) or not is_matrix)
 
 
 def own_map(module: Any, model: Any) -> tuple[Tensor, float] | None:
-    """A linear module's weight as `[in, out]`, from what it makes of each coordinate alone.
+    """A packed linear module's weight as `[in, out]`, and the machine epsilon of its kernel.
 
-    For weights that are packed in a form of their own (bitsandbytes, GPTQ), with the machine
-    epsilon of what the module makes of vectors: its kernel may round more than the model does, and
-    what it reads as well. None where the module does not say how many numbers it reads.
+    The weight is dequantised by its own class (torchao), or it is what the module makes of each
+    coordinate alone (bitsandbytes, GPTQ). The epsilon is measured on a few vectors: the kernel may
+    round more than the model does, and what it reads as well. None where the module does not say
+    how many numbers it reads.
     """
     n = getattr(module, "in_features", None)
     if not isinstance(n, int):
@@ -184,12 +185,14 @@ def own_map(module: Any, model: Any) -> tuple[Tensor, float] | None:
     like = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.randn(8, n, generator=torch.Generator().manual_seed(0))
     x = x.pow(3) / x.abs().max() ** 3  # as activations are, a few far larger
-    rows = torch.cat([torch.zeros(1, n), torch.eye(n), x]).to(like.dtype)
-    rows = rows if like.is_meta else rows.to(like.device)
+    known = parameter(module, "weight") if is_quantised(module.weight) else None
+    rows = torch.cat([torch.zeros(1, n), x, *([torch.eye(n)] if known is None else [])])
+    rows = rows.to(like.dtype) if like.is_meta else rows.to(like)
     with torch.no_grad():
         made = torch.cat([bare(part) for part in rows.split(_ROWS_AT_ONCE)])
-        weight, of_x = (made[1:] - made[0]).split([n, len(x)])
-        exact = upcast(rows[-len(x) :]) @ upcast(weight)
+        of_x, weight = (made[1:] - made[0]).tensor_split([len(x)])
+        weight = weight if known is None else known.mT
+        exact = upcast(rows[1 : len(x) + 1]) @ upcast(weight)
         miss = (upcast(of_x) - exact).norm() / exact.norm()
     return weight, 12**0.5 * float(miss)  # rounding is uniform, as in `core/rounding.py`
 

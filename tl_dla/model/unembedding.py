@@ -17,7 +17,6 @@ from tl_dla.model.hooks import (
     class_name,
     compute_dtype,
     is_packed,
-    is_quantised,
     own_map,
     parameter,
     product,
@@ -47,7 +46,7 @@ def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
                 " matrix: keep it as it is where the model is quantised; no unit works."
             )
         return own[0]
-    if isinstance(stored, Tensor) and (stored.is_meta or is_quantised(stored)):
+    if isinstance(stored, Tensor) and stored.is_meta:
         weight = parameter(inner, "weight")
         assert weight is not None
         return weight.mT
