@@ -36,10 +36,11 @@ from tl_dla.inputs.selection import Unit, read_selection, require_unit, with_dic
 from tl_dla.inputs.targets import Answers, require_answer
 from tl_dla.inputs.tokens import Input
 from tl_dla.model.reader import ModelReader
-from tl_dla.report.page import Explorer, Shown, page_of, write_report
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from tl_dla.report.page import Explorer
 
 _BY_HAND = ("attribution", "labels", "unit")
 
@@ -220,13 +221,15 @@ class DirectLogitAttribution(Attribution):
         command: str | None = None,
     ) -> Path:
         """Write one self-contained HTML page; see `tl_dla.report.page.write_report`."""
+        from tl_dla.report.page import write_report
+
         return write_report(
             self, path, prompt=prompt, k=k, attention=attention, audit=audit, command=command
         )
 
     def explore(
         self, *, prompt: int = 0, k: int | None = None, audit: Audit | None = None
-    ) -> Explorer:
+    ) -> "Explorer":
         """The same page in a notebook, in a frame of its own that needs no network.
 
         Press a head, a row or a token to see what stands behind it.
@@ -236,6 +239,8 @@ class DirectLogitAttribution(Attribution):
             k: how many heads of each sign to show with their attention; 3 by default.
             audit: what intervention says of the rows (`result.audit()`), to be shown beside.
         """
+        from tl_dla.report.page import Explorer, Shown, page_of
+
         return Explorer(page_of(self, Shown(prompt, k, audit=audit), "result.explore()"))
 
 

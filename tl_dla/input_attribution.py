@@ -18,7 +18,7 @@ See `tl_dla.core.network.step` for each line through the origin, with references
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -35,7 +35,9 @@ from tl_dla.inputs.reading import read_query
 from tl_dla.inputs.targets import Answers, require_answer
 from tl_dla.inputs.tokens import Input
 from tl_dla.model.reader import ModelReader
-from tl_dla.report.page import Explorer, Shown, page_of, write_report
+
+if TYPE_CHECKING:
+    from tl_dla.report.page import Explorer
 
 _MOST_CANDIDATES = 1024
 _CAUSE = (
@@ -60,10 +62,14 @@ class InputAttribution(InputLedger):
         command: str | None = None,
     ) -> Path:
         """Write one self-contained HTML page, the flow on it; see `tl_dla.report.page`."""
+        from tl_dla.report.page import write_report
+
         return write_report(self, path, prompt=prompt, k=k, attention=attention, command=command)
 
-    def explore(self, *, prompt: int = 0, k: int | None = None) -> Explorer:
+    def explore(self, *, prompt: int = 0, k: int | None = None) -> "Explorer":
         """The same page in a notebook; see `DirectLogitAttribution.explore`."""
+        from tl_dla.report.page import Explorer, Shown, page_of
+
         return Explorer(page_of(self, Shown(prompt, k), "result.explore()"))
 
 
