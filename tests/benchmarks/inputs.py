@@ -9,17 +9,13 @@ model.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.benchmarks.growth import slope
-from tests.benchmarks.memory import _high_water_mark
+from tests.benchmarks.memory import peak, print_peak
 from tests.benchmarks.models import MODELS, boot, random_gpt2
 from tests.benchmarks.timing import inputs, medians
 from tl_dla import attribute_inputs
@@ -51,25 +47,11 @@ def calls(model: Any, data: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def peak(name: str, way: str) -> float | None:
-    """Peak memory in MB above the loaded model, in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.inputs", "--model", name, "--peak", way]
-    freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    env = os.environ | freed | {"MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return float(done.stdout.split()[-1]) if done.stdout.split() else None
-
-
 def _print_peak(name: str, way: str) -> None:
     model = boot(name)
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return
-    calls(model, inputs(model, 1, 8))[way]()
-    reset.write_text("5")
-    before = _high_water_mark()
-    calls(model, inputs(model, BATCH, TOKENS))[way]()
-    print(_high_water_mark() - before)
+    print_peak(
+        calls(model, inputs(model, 1, 8))[way], calls(model, inputs(model, BATCH, TOKENS))[way]
+    )
 
 
 def growth(runs: int) -> None:
@@ -102,7 +84,8 @@ def main() -> None:
     for name in [args.model] if args.model else MODELS:
         model = boot(name)
         times = medians(args.runs, **calls(model, inputs(model, BATCH, TOKENS)))
-        peaks = {way: peak(name, way) for way in WAYS}
+        module = "tests.benchmarks.inputs"
+        peaks = {way: peak(module, "--model", name, "--peak", way) for way in WAYS}
         for way in WAYS:
             memory = "" if peaks[way] is None else f", peak {peaks[way]:.0f} MB"
             over = times["ours"] / times[way]

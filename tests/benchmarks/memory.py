@@ -7,7 +7,9 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,20 +23,36 @@ def above_forward(
     model: str, tool: str, unit: str, pos: str, batch: int, tokens: int
 ) -> float | None:
     """Peak memory of a tool above that of a plain forward pass, each in a process of its own."""
-    peaks = [_peak(model, name, unit, pos, batch, tokens) for name in (tool, "forward")]
+    options = dict(model=model, unit=unit, pos=pos, batch=batch, tokens=tokens)
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    peaks = [peak("tests.benchmarks.memory", "--tool", name, *words) for name in (tool, "forward")]
     return None if None in peaks else peaks[0] - peaks[1]
 
 
-def _peak(model: str, tool: str, unit: str, pos: str, batch: int, tokens: int) -> float | None:
-    options = dict(model=model, tool=tool, unit=unit, pos=pos, batch=batch, tokens=tokens)
-    command = [sys.executable, "-m", "tests.benchmarks.memory"]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+def peak(module: str, *words: str) -> float | None:
+    """What a module prints that calls `print_peak`, run in a process of its own."""
     # What is freed goes back to the system at once, so that no slack of the allocator is measured.
     freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env = os.environ | freed | {"MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     printed = done.stdout.split()
     return float(printed[-1]) if printed else None
+
+
+def print_peak(first: Callable[[], Any], call: Callable[[], Any]) -> None:
+    """The peak of a call, after a first one that loads what is loaded once.
+
+    Prints nothing where the system does not tell (it is Linux that does).
+    """
+    reset = Path("/proc/self/clear_refs")  # forgets the peak of loading the model
+    if not reset.exists():
+        return
+    first()
+    reset.write_text("5")
+    before = _high_water_mark()
+    call()
+    print(_high_water_mark() - before)
 
 
 def _high_water_mark() -> float:
@@ -43,7 +61,7 @@ def _high_water_mark() -> float:
 
 
 def main() -> None:
-    """Prints the peak; nothing where the system does not tell (it is Linux that does)."""
+    """Prints the peak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gpt2-size", choices=MODELS)
     parser.add_argument("--tool", default="ours", choices=TOOLS)
@@ -54,18 +72,16 @@ def main() -> None:
     args = parser.parse_args()
     model = boot(args.model)
     data, pos = inputs(model, args.batch, args.tokens), None if args.pos == "all" else -1
-    reset = Path("/proc/self/clear_refs")  # forgets the peak of loading the model
-    if not reset.exists():
-        return
-    with torch.no_grad():
-        model(data["tokens"][:1, :8])  # what the first pass loads is not a tool's
-        reset.write_text("5")
-        before = _high_water_mark()
+    tools = {"ours": ours, "theirs": theirs}
+
+    def call() -> None:
         if args.tool == "forward":
             model(data["tokens"])
         else:
-            {"ours": ours, "theirs": theirs}[args.tool](model, data, args.unit, pos)
-    print(_high_water_mark() - before)
+            tools[args.tool](model, data, args.unit, pos)
+
+    with torch.no_grad():
+        print_peak(lambda: model(data["tokens"][:1, :8]), call)
 
 
 if __name__ == "__main__":

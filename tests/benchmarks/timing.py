@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from tl_dla import direct_logit_attribution
+from tl_dla import direct_logit_attribution, required_hooks
+from tl_dla.model.hooks import product
+from tl_dla.model.reader import ModelReader
 
 UNITS = ("component", "head", "neuron")
 
@@ -87,6 +89,31 @@ def fresh(cache: Any) -> Any:
     return ActivationCache(dict(cache.cache_dict), cache.model, has_batch_dim=cache.has_batch_dim)
 
 
+def least(model: Any, cache: Any, batch: int, unit: str, pos: Any) -> Callable[[], Any]:
+    """What no way from a cache can avoid.
+
+    To read W_O (or W_out) of each layer, with two directions for each prompt; at all positions to
+    read each activation too.
+    """
+    reader = ModelReader(model)
+    names = required_hooks(model, unit) if pos is None else []
+    weights = []
+    for layer in range(reader.n_layers):
+        if unit == "head" and (attention := reader.attention(layer)) is not None:
+            weights.append(attention.W_O.flatten(0, 1))
+        if unit == "neuron" and (site := reader.site(f"blocks.{layer}.hook_mlp_out")) is not None:
+            weights.append(reader.mlp(layer, "mlp", site).W_out)
+    directions = torch.randn(2 * batch, weights[0].shape[1] if weights else 1)
+
+    def read() -> None:
+        for name in names:
+            cache[name].sum()
+        for weight in weights:
+            product(weight, directions)
+
+    return read
+
+
 def case(
     model: Any, data: dict[str, Any], unit: str, pos: Any, runs: int, with_theirs: bool = True
 ) -> dict[str, Any]:
@@ -102,7 +129,8 @@ def case(
     with torch.no_grad():
         times = medians(runs, forward=lambda: model(data["tokens"]), **calls())
         _, cache = model.run_with_cache(data["tokens"])
-        times |= {f"{name}_cache": x for name, x in medians(2 * runs, **calls(cache)).items()}
+        from_cache = {**calls(cache), "least": least(model, cache, len(data["tokens"]), unit, pos)}
+        times |= {f"{name}_cache": x for name, x in medians(2 * runs, **from_cache).items()}
     batch, n = data["tokens"].shape
     where = {"unit": unit, "pos": "all" if pos is None else "last", "batch": batch, "tokens": n}
     return where | times
