@@ -100,8 +100,8 @@ class HeadSplit(RowSplit):
         heads = self.heads = self.output.through_linear(part.W_O)
         n_heads = part.W_O.shape[0]
 
-        def by_head(z: Tensor) -> Tensor:
-            return rearrange(z.flatten(2), "batch pos (head d) -> batch pos head d", head=n_heads)
+        def by_head(z: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos head d_head"]:
+            return z.flatten(2).unflatten(2, (n_heads, -1))
 
         self.by_head = by_head
         self.heads_tap = Tap(part.site, lambda z: heads.contract(by_head(z)))

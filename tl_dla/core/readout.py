@@ -17,6 +17,7 @@ Folded weights are the special case γ = 1, β = 0. Frozen scales are the conven
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -145,10 +146,14 @@ class Readout:
         x = upcast(activation)
         if self.is_identity:  # what a coordinate passed on its way here may be larger than its end
             return (x.square() + x.square().mean(-1, keepdim=True)).sqrt()
-        # Of order 1 before it is squared: a direction of 1e-20 would underflow.
+        squared, largest = self._squared
+        return squared.contract(x.square()).clamp_(min=0).sqrt_() * largest.to(x)
+
+    @cached_property
+    def _squared(self) -> "tuple[Readout, Float[Tensor, '*lead']]":
+        """W ⊙ w, of order 1 before it is squared: a direction of 1e-20 would underflow."""
         largest = self.direction.abs().amax(-1, keepdim=True).clamp(min=_TINY)
-        squared = Readout((self.direction / largest).square()).contract(x.square())
-        return squared.clamp(min=0).sqrt() * largest[..., 0].to(squared)
+        return Readout((self.direction / largest).square()), largest[..., 0]
 
     def checksum(self) -> Int[Tensor, "*lead"]:
         """A number for each direction that two of them share where they are equal bit by bit."""

@@ -24,7 +24,7 @@ from tl_dla.inputs.models import scales_with_length
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
-from tl_dla.model.hooks import Site, alone_on
+from tl_dla.model.hooks import Site, alone_on, listen
 from tl_dla.model.reader import ModelReader
 
 
@@ -193,17 +193,17 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         stack.enter_context(alone_on(model))
         stack.enter_context(torch.no_grad())
         for name, site in sites.items():
-            if site.inputs:
+            if site.hooked:
+                stack.callback(listen(site.module, reader(name)))
+            elif site.inputs:
                 handle = site.module.register_forward_pre_hook(read_inputs(name), with_kwargs=True)
                 stack.callback(handle.remove)
-            elif not site.hooked:
+            else:
                 handle = site.module.register_forward_hook(partial(_read_output, reader(name)))
                 stack.callback(handle.remove)
         stack.callback(model.unembed.register_forward_pre_hook(keep_positions).remove)
         if logits:
             stack.callback(model.unembed.register_forward_hook(keep_raw).remove)
-        hooks = [(name, reader(name)) for name, site in sites.items() if site.hooked]
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
         output = model(tokens, return_type="logits")
     silent = [tap.site.name for tap in taps if tap not in values]
     if silent:

@@ -78,7 +78,7 @@ class AttentionReader:
 
     def attention(self, layer: int) -> Attention | None:
         """How the layer's heads write; None for a layer that has no attention."""
-        block = self.model.blocks[layer]
+        block = self.hooks.blocks[layer]
         attn = block._modules.get("attn")
         if attn is None or self.hooks.site(f"blocks.{layer}.hook_attn_out") is None:
             return None
@@ -101,11 +101,11 @@ class AttentionReader:
 
     def attention_module(self, layer: int) -> nn.Module:
         """The layer's attention, as the model calls it."""
-        return self.model.blocks[layer].attn
+        return self.hooks.blocks[layer].attn
 
     def pattern_and_values(self, layer: int) -> PatternAndValues:
         """The values that the layer's heads mix, and the pattern they mix them by."""
-        at, attn = f"blocks.{layer}.attn", self.model.blocks[layer].attn
+        at, attn = f"blocks.{layer}.attn", self.hooks.blocks[layer].attn
         inner = unwrap(attn)
         pattern = self.hooks.site(f"{at}.hook_pattern")
         values = self.hooks.site(f"{at}.v_norm.hook_out") or self.hooks.site(f"{at}.hook_v")
@@ -124,7 +124,7 @@ class AttentionReader:
 
     def gate(self, layer: int) -> Gate | None:
         """What multiplies the layer's mixed values before W_O; None where nothing does."""
-        return self._gate(f"blocks.{layer}.attn", unwrap(self.model.blocks[layer].attn))
+        return self._gate(f"blocks.{layer}.attn", unwrap(self.hooks.blocks[layer].attn))
 
     def _gate(self, at: str, inner: Any) -> Gate | None:
         site = self.hooks.site(f"{at}.hook_q_gate") or self.hooks.site(f"{at}.gate.hook_out")
@@ -137,7 +137,7 @@ class AttentionReader:
 
     def value_projection(self, layer: int, d_head: int) -> ValueProjection:
         """How the layer's values come from its input."""
-        block = self.model.blocks[layer]
+        block = self.hooks.blocks[layer]
         at, attn = f"blocks.{layer}.attn", block.attn
         if not self.hooks.is_bridge:
             weight = self.hooks.stored(attn, "W_V", 'unit="source"')

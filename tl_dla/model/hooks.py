@@ -6,9 +6,10 @@ their modules. Every reader of a part holds a `Hooks`.
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,10 +66,15 @@ class Hooks:
             or type(self.model).__name__
         )
 
+    @cached_property
+    def blocks(self) -> list[Any]:
+        """The blocks, in order."""
+        return list(self.model.blocks)
+
     @property
     def n_layers(self) -> int:
         """How many blocks the model has."""
-        return len(self.model.blocks)
+        return len(self.blocks)
 
     def site(self, name: str) -> Site | None:
         """The hook of that name or alias, under its own name; None where there is none."""
@@ -200,13 +206,13 @@ def own_map(module: Any, model: Any) -> tuple[Tensor, float] | None:
 def product(
     weight: Float[Tensor, "place d"], directions: Float[Tensor, "*lead d"]
 ) -> Float[Tensor, "*lead place"]:
-    """`weight · direction` for each direction, in the directions' dtype.
+    """`weight · direction` for each direction, in the directions' dtype, where the weight lies.
 
     Reading the weight is most of the work where few tokens are attributed: it is read as it lies,
     and where it is stored in a narrower dtype, widened block by block, never as a whole.
     """
     (n_places, d), lead = weight.shape, directions.shape[:-1]
-    directions = directions.reshape(-1, d)
+    directions = directions.reshape(-1, d).to(weight.device)
     by_rows = weight.stride(-1) == 1  # `nn.Linear` stores [d, place]
     if weight.dtype == directions.dtype:
         if by_rows and len(directions) <= _FEW:
@@ -225,6 +231,21 @@ def product(
 def _blocks(n: int, width: int) -> list[slice]:
     step = max(1, _BLOCK // width)
     return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def listen(hook_point: Any, read: Callable[..., None]) -> Callable[[], None]:
+    """Let a hook point call `read` with what it shows, after the user's own hooks; how to stop it.
+
+    What `model.hooks` does, without resolving each name among the aliases of all.
+    """
+    hook_point.add_hook(read)
+    mine = hook_point.fwd_hooks[-1]
+
+    def stop() -> None:
+        mine.hook.remove()
+        hook_point.fwd_hooks[:] = [other for other in hook_point.fwd_hooks if other is not mine]
+
+    return stop
 
 
 # Hooks live on the model, which threads may share: one pass at a time.

@@ -62,7 +62,7 @@ class MLPReader:
 
         `written` is the site that shows what the sublayer adds to the stream.
         """
-        block = self.model.blocks[layer]
+        block = self.hooks.blocks[layer]
         if name not in ("mlp", "moe", "shared_mlp"):
             return None
         # Granite's hybrids call their shared MLP the MLP where there are no experts beside it.

@@ -111,7 +111,7 @@ class MLPInReader:
         Raises:
             UnsupportedModelError: for a part that is not understood, by its name.
         """
-        block = self.model.blocks[layer]
+        block = self.hooks.blocks[layer]
         inside = "shared_mlp" if name == "mlp" and "shared_mlp" in block._modules else name
         module = block._modules.get(inside)
         if hasattr(unwrap(block), "mlp_block") and name == "mlp":

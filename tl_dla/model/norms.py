@@ -124,7 +124,7 @@ class NormReader:
 
     def post_norm(self, layer: int, name: str) -> Norm | None:
         """The norm that a sublayer's output passes through before it joins the stream."""
-        block, hooks = self.model.blocks[layer], self.hooks
+        block, hooks = self.hooks.blocks[layer], self.hooks
         module = block._modules.get(f"{name}_post")
         if module is not None and (not hooks.is_bridge or module.original_component is not None):
             return self.norm(module, f"blocks.{layer}.{name}_post")
@@ -151,17 +151,17 @@ class NormReader:
 
         None where it reads the stream itself, or where the norm is a step of the stream.
         """
-        shared = self.parallel(layer) and "ln2" not in self.model.blocks[layer]._modules
+        shared = self.parallel(layer) and "ln2" not in self.hooks.blocks[layer]._modules
         return self._before(layer, "ln1" if shared else "ln2")
 
     def parallel(self, layer: int) -> bool:
         """Whether the MLP reads the stream as it was before the layer's attention wrote."""
         if not self.hooks.is_bridge:
             return bool(self.model.cfg.parallel_attn_mlp)
-        return "Parallel" in type(self.model.blocks[layer]).__name__
+        return "Parallel" in type(self.hooks.blocks[layer]).__name__
 
     def _before(self, layer: int, name: str) -> Norm | None:
-        module = self.model.blocks[layer]._modules.get(name)
+        module = self.hooks.blocks[layer]._modules.get(name)
         if module is None or getattr(module, "original_component", module) is None:
             return None
         after = self.post_norm(layer, name)
@@ -173,7 +173,8 @@ class NormReader:
 
     def on_stream(self, layer: int) -> Literal["none", "before", "after"]:
         """Whether ln1 and ln2 act on the stream itself, before each write or after it."""
-        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        block = self.hooks.blocks[layer]
+        inner = unwrap(block)
         if getattr(inner, "apply_residual_connection_post_layernorm", False):
             return "before"
         names = list(block._modules)

@@ -106,7 +106,7 @@ class QueriesAndKeysReader:
         Raises:
             UnsupportedModelError: for a part that is not understood, by its name.
         """
-        block = self.model.blocks[layer]
+        block = self.hooks.blocks[layer]
         at, attn = f"blocks.{layer}.attn", block._modules.get("attn")
         if attn is None or self.hooks.site(f"blocks.{layer}.hook_attn_out") is None:
             raise self._refusal(f"blocks.{layer} of {{}} has no attention")

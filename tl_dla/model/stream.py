@@ -194,7 +194,7 @@ class StreamReader:
     def last_block(self) -> Site:
         """What the last block returns, as a module's output."""
         name = f"blocks.{self.hooks.n_layers - 1}"
-        return Site(name, unwrap(self.model.blocks[self.hooks.n_layers - 1]))
+        return Site(name, unwrap(self.hooks.blocks[-1]))
 
     def _embeddings(self) -> list[Step]:
         steps: list[Step] = []
@@ -219,7 +219,8 @@ class StreamReader:
         return None
 
     def _block(self, layer: int) -> list[Step]:
-        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        block = self.hooks.blocks[layer]
+        inner = unwrap(block)
         writes = self._writes(layer)
         before = self.hooks.site(f"blocks.{layer}.hook_resid_pre")
         steps: list[Step] = []
@@ -251,7 +252,8 @@ class StreamReader:
         return steps
 
     def _writes(self, layer: int) -> list[Write]:
-        block, inner = self.model.blocks[layer], unwrap(self.model.blocks[layer])
+        block = self.hooks.blocks[layer]
+        inner = unwrap(block)
         # A block that scales what it adds shows hook_attn_out and hook_mlp_out already scaled.
         scale = block_scale(block)
         writes: list[Write] = []

@@ -43,7 +43,7 @@ def values_of(reader: AttentionReader, layer: int, d_head: int) -> Values:
         UnsupportedModelError: for what is no chain of frozen linear maps, by its name.
     """
     hooks = reader.hooks
-    block = reader.model.blocks[layer]
+    block = reader.hooks.blocks[layer]
     at, attn = f"blocks.{layer}.attn", block.attn
     inner = unwrap(attn)
     norm = reader.norms.attention_norm(layer)
