@@ -49,7 +49,16 @@ def throughput(model_name: str, prompts: int, batch_size: int) -> None:
         for e in examples:
             tool(model, e["prompt"], e["answer"], e["incorrect"], unit="head")
 
+    def forwards() -> None:
+        prompts = sorted((model.to_tokens(e["prompt"])[0].tolist() for e in examples), key=len)
+        for start in range(0, len(prompts), batch_size):
+            some = prompts[start : start + batch_size]
+            longest = len(some[-1])
+            with torch.no_grad():
+                model(torch.tensor([one + [0] * (longest - len(one)) for one in some]))
+
     loop_of = {
+        "plain forward passes, the same batches": forwards,
         "attribute_dataset": dataset,
         "attribute_dataset, stored": lambda: dataset(tempfile.mkdtemp() + "/run"),
         "direct_logit_attribution, one by one": lambda: loop(direct_logit_attribution),

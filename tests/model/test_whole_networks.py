@@ -1,6 +1,6 @@
 """`attribute_inputs` on every decoder: exact and certified at each layer, or refused by name.
 
-Row by row, some are held to autograd in `tests/analyses/test_inputs_ledger.py`.
+Row by row, some are held to autograd in `tests/test_input_attribution.py`.
 """
 
 from collections import Counter
