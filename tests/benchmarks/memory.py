@@ -1,6 +1,7 @@
 """Peak memory of a process that does one thing, in MB above what the loaded model takes.
 
 python -m tests.benchmarks.memory --tool ours --unit head --pos all
+python -m tests.benchmarks.memory --model smollm2 --batch 1 --tokens 3512 --completion 512
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 
 from tests.benchmarks.models import MODELS, boot
 from tests.benchmarks.timing import inputs, ours, theirs
+from tl_dla import attribute_completion
 
 TOOLS = ("forward", "ours", "theirs")
 
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--pos", default="all", choices=["all", "last"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--completion", type=int, help="how many of the tokens are one, for ours")
     args = parser.parse_args()
     model = boot(args.model)
     data, pos = inputs(model, args.batch, args.tokens), None if args.pos == "all" else -1
@@ -77,6 +80,9 @@ def main() -> None:
     def call() -> None:
         if args.tool == "forward":
             model(data["tokens"])
+        elif args.completion:
+            prompt, said = data["tokens"][0].tensor_split([-args.completion])
+            attribute_completion(model, prompt, said, unit=args.unit)
         else:
             tools[args.tool](model, data, args.unit, pos)
 

@@ -3,6 +3,8 @@
 How long it takes is measured by `python -m tests.benchmarks`, not tested.
 """
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from tests.support.models import counted, either, load, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
 from tl_dla import direct_logit_attribution
 from tl_dla.core import run
+from tl_dla.core.readout import Readout
 
 UNITS = ["component", "layer", "head", "neuron", "source"]
 
@@ -55,6 +58,20 @@ def test_answers_of_their_own_follow_their_prompts_into_the_parts(monkeypatch):
     with counted(model) as shapes:
         same(direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, pos=None), whole)
     assert shapes == [(1, 11, 32), (1, 11, 97)] * 2
+
+
+def test_directions_of_many_positions_are_there_for_one_layer_at_a_time(monkeypatch):
+    """Heads have positions × d_model numbers a layer, of which only dot products are kept."""
+    alive, most, pulled = weakref.WeakSet(), [], Readout.through_linear
+
+    def counted_pull(self, weight):
+        alive.add(found := pulled(self, weight))
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(Readout, "through_linear", counted_pull)
+    result = direct_logit_attribution(load("gpt2"), tokens(), 5, unit="head", pos=None)
+    assert result.reconstruction.passed and most == [1, 1, 1]
 
 
 # ---- weights elsewhere ---------------------------------------------------------------------------

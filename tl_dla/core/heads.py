@@ -6,6 +6,7 @@ through, and a dot product there. Parts must add up to the row that they split.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -97,14 +98,20 @@ class HeadSplit(RowSplit):
         super().__init__(part, step, write)
         self.keep = range(part.W_O.shape[0]) if keep is None else keep
         # Nothing that the tap holds may hold the split: a circle would keep directions alive.
-        heads = self.heads = self.output.through_linear(part.W_O)
-        n_heads = part.W_O.shape[0]
+        output, W_O, n_heads = self.output, part.W_O, part.W_O.shape[0]
 
         def by_head(z: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos head d_head"]:
             return z.flatten(2).unflatten(2, (n_heads, -1))
 
-        self.by_head = by_head
-        self.heads_tap = Tap(part.site, lambda z: heads.contract(by_head(z)))
+        def by_dot_product(z: Tensor) -> Tensor:  # of many positions, one layer's directions
+            return output.through_linear(W_O).contract(by_head(z))
+
+        self.by_head, self.heads_tap = by_head, Tap(part.site, by_dot_product)
+
+    @cached_property
+    def heads(self) -> Readout:
+        """The readout at z."""
+        return self.output.through_linear(self.part.W_O)
 
     def taps(self) -> list[Tap]:
         """Each head's dot product with the readout at z."""
@@ -112,7 +119,7 @@ class HeadSplit(RowSplit):
 
     def values(self, kept: ScaledKept) -> Float[Tensor, "batch pos token head"]:
         """What each head wrote."""
-        return kept.scaled(kept[self.heads_tap], self.heads)
+        return kept.scaled(kept[self.heads_tap], self.output)
 
     def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The heads first, the bias in place."""
