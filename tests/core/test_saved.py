@@ -12,7 +12,15 @@ from torch.testing import assert_close
 
 from tests.support.models import either, load, spaced, with_tokenizer
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import attribute_path, direct_logit_attribution, load_model, load_result
+from tl_dla import (
+    attribute_answer,
+    attribute_completion,
+    attribute_path,
+    compare,
+    direct_logit_attribution,
+    load_model,
+    load_result,
+)
 from tl_dla.core import saved
 from tl_dla.core.view import prompt_tokens
 from tl_dla.effects.interventions import ablate
@@ -76,6 +84,69 @@ def test_it_shows_what_it_showed(name, how, tmp_path):
     assert shown(kept(how, again, tmp_path)) == shown(result)  # kept once more, without a model
     part = again.select(prompt=0) if name not in ("mean",) else again
     assert shown(kept(how, part, tmp_path)) == shown(part)
+
+
+def compared(**options):
+    model = load("gpt2")
+    a, b = (direct_logit_attribution(model, x, **options) for x in (TEXTS, TEXTS[::-1]))
+    return compare(a, b)
+
+
+def tuned():
+    model = load.__wrapped__("gpt2")
+    with torch.no_grad():
+        model.blocks[1].mlp.W_out.mul_(1.5)
+        model.unembed.W_U.mul_(1.1)
+    model.cfg.model_name = "tuned"
+    return model
+
+
+OTHERS = {
+    "two prompts": lambda: compared(answer_tokens=[5, 9, 11], unit="head"),
+    "candidates": lambda: compared(candidate_tokens=["w5", "w7"], pos=[0, -1]),
+    "two models": lambda: compare(
+        *(direct_logit_attribution(model, TEXTS, 5, 7) for model in (load("gpt2"), tuned()))
+    ),
+    "a text": lambda: attribute_answer(load("gpt2"), TEXTS, ["w5 w6", "w7", "w8 w9 w4"], "w9 w3"),
+    "the mean": lambda: attribute_answer(load("gpt2"), TEXTS[0], "w5 w6 w9", "mean", unit="head"),
+    "what it says": lambda: attribute_completion(
+        load("gpt2"), TEXTS[0], max_new_tokens=4, baseline="runner-up"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The answer of prompt")
+@pytest.mark.parametrize("how", ["file", "pickle"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_comparisons_and_answers_show_what_they_showed(name, how, tmp_path):
+    result = OTHERS[name]()
+    again = kept(how, result, tmp_path)
+    assert type(again) is type(result) and again.nbytes < 50_000
+    for other in (again, kept(how, again, tmp_path)):  # kept once more, without a model
+        for ask in (
+            lambda r: [repr(r), r._repr_html_(), r.plot().to_json(), r.to_dataframe().to_csv()],
+            lambda r: [r.top(9, prompt=0), str(r.reconstruction), r.labels, r.kinds],
+            lambda r: r.report(tmp_path / "page.html", prompt=0).read_bytes(),
+        ):
+            assert ask(other) == ask(result)
+        assert torch.equal(other[result.labels[0]], result[result.labels[0]])
+
+
+def test_an_answer_is_asked_on_once_it_has_its_model_again(tmp_path):
+    model = load("gpt2")
+    answer = attribute_answer(model, TEXTS[0], "w5 w6", "w9 w3")
+    path = answer.save(tmp_path / "answer.safetensors")
+    again = load_result(path, model)
+    assert again.steps.model is again.baseline_steps.model is model
+    without = [ablate(x.steps, ["embed"])["embed"].attribution for x in (answer, again)]
+    assert_close(*without, equal_nan=True)
+    with pytest.raises(ArgumentError, match="of another model"):
+        load_result(path, load_model("demo"))
+    with pytest.raises(ArgumentError, match="without its model"):
+        ablate(load_result(path).steps, ["embed"])
+    path = compared(answer_tokens=5).save(tmp_path / "comparison.safetensors")
+    with pytest.raises(ArgumentError, match="A Comparison runs no model: load it without one"):
+        load_result(path, model)
 
 
 @pytest.mark.parametrize("name", either("gpt2", "ln"))
@@ -181,6 +252,10 @@ def test_what_is_no_result_is_one_sentence(tmp_path):
     save_file({}, path, metadata={"tl_dla": json.dumps({"format": 99, "result": None})})
     with pytest.raises(ArgumentError, match="of format 99; this release reads 1"):
         load_result(path)
+    for name, inner in (("tl_dla.core.rows:RowKey", {"own": 1}), ("tl_dla.none:X", [])):
+        save_file({}, path, metadata={"tl_dla": json.dumps({"format": 1, "result": {name: inner}})})
+        with pytest.raises(ArgumentError, match="is a result of another release, or was changed"):
+            load_result(path)
     result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)
     whole = result.save(path).read_bytes()
     path.write_bytes(whole[:-100])

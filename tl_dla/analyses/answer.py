@@ -10,7 +10,7 @@ would have said instead.
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.files import write_page
 from tl_dla.core.result import Attribution
+from tl_dla.core.saved import Savable
 from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import answer_page
@@ -47,7 +48,7 @@ class Odds:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AnswerAttribution:
+class AnswerAttribution(Savable):
     """What each part of the model wrote to an answer's logits, per step and summed.
 
     Attributes:
@@ -152,6 +153,16 @@ class AnswerAttribution:
         named = zip(self.labels, values, self.kinds, strict=True)
         rows = [(label, value) for label, value, own in named if kind in (None, own)]
         return sorted(rows, key=lambda row: -abs(row[1]))[:k]
+
+    def with_model(self, model: Any) -> "AnswerAttribution":
+        """An answer that was loaded or unpickled, with its model again, for what asks its steps.
+
+        Raises:
+            ArgumentError: for a model of other sizes.
+        """
+        other = self.baseline_steps
+        other = None if other is None else other.with_model(model)
+        return replace(self, steps=self.steps.with_model(model), baseline_steps=other)
 
     # ---- tables, text, pictures ----------------------------------------------------------------
 

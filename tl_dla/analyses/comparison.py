@@ -42,6 +42,7 @@ from tl_dla.core.labelled import require_result
 from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import Keyed, RowKey
+from tl_dla.core.saved import Savable
 from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
@@ -60,7 +61,7 @@ _CAUSE = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Keyed):
+class Comparison(Keyed, Savable):
     """Two runs row by row, in logits: a's value, b's, and why they differ.
 
     Rows that one side lacks stand against 0. `change`, `wrote` and `read` follow `labels`, in the
@@ -77,6 +78,7 @@ class Comparison(Keyed):
         logits: what a's rows add up to, and what b's do, `[*batch_and_pos]`.
         unit: of the rows.
         targets: what is attributed in a and in b, in words.
+        sides: what a and b are, in the words in which they differ.
     """
 
     keys: Sequence[RowKey]
@@ -89,6 +91,7 @@ class Comparison(Keyed):
     logits: tuple[Float[Tensor, "..."], Float[Tensor, "..."]]
     unit: str
     targets: tuple[str, str]
+    sides: tuple[str, str]
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -204,7 +207,7 @@ class Comparison(Keyed):
         a, b, wrote, read = (view_of(one, prompt, candidate).values for one in shown)
         view = view_of(self, prompt, candidate)
         ends = [view_of(_Shown(self, self.values, own), prompt, candidate) for own in self.logits]
-        return Changes(view, a, b, wrote, read, ends[0].logit, ends[1].logit, sides(*self.queries))
+        return Changes(view, a, b, wrote, read, ends[0].logit, ends[1].logit, self.sides)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: one line per row × prompt × position (× candidate).
@@ -367,4 +370,4 @@ def compare(
     reconstruction.raise_or_warn(check, _CAUSE)
     logits, targets = (a.logit, b.logit.to(a.logit)), (a.target, b.target)
     found = (own_a, own_b, wrote, read, reconstruction, (a.query, b.query), logits)
-    return Comparison(keys, *found, a.unit, targets)
+    return Comparison(keys, *found, a.unit, targets, sides(a.query, b.query))

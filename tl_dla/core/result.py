@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core import saved, tidy
+from tl_dla.core import tidy
 from tl_dla.core.certificate import Check, Wanted, certify
 from tl_dla.core.choice import Average, Choice, read_choice
 from tl_dla.core.files import aside
@@ -17,6 +17,7 @@ from tl_dla.core.labelled import LabelledRows, require_result
 from tl_dla.core.numbers import Hop, Numbers, compact
 from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
 from tl_dla.core.rows import Rows
+from tl_dla.core.saved import Savable
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.absent import name_of, require_alike
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 
-class Attribution(LabelledRows):
+class Attribution(LabelledRows, Savable):
     """What each part of the model wrote to a logit, in logits.
 
     See `LabelledRows` for its fields: `attribution`, `labels`, `kinds`, `logit`, `reconstruction`,
@@ -205,22 +206,6 @@ class Attribution(LabelledRows):
 
     # ---- kept ----------------------------------------------------------------------------------
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of memory the result holds, the model aside."""
-        return saved.nbytes(self)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Keep the result in one file, without the model; `load_result` reads it again.
-
-        Args:
-            path: of the file, such as `"paris.safetensors"`; one that exists is replaced.
-
-        Raises:
-            ArgumentError: where there is no such folder.
-        """
-        return saved.save(self, path)
-
     def with_model(self, model: Any) -> "Self":
         """A result that was loaded or unpickled, with its model again.
 
@@ -231,10 +216,6 @@ class Attribution(LabelledRows):
         model = require_model(model)
         require_alike(self.model, model)
         return replace(self, query=replace(self.query, model=model))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and copied: the fields, and nothing that is computed from them."""
-        return {own.name: getattr(self, own.name) for own in dataclasses.fields(self)}
 
     # ---- tables, text, pictures ----------------------------------------------------------------
 

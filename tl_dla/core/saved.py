@@ -23,22 +23,40 @@ _FORMAT = 1
 _HEADER = "tl_dla"
 
 
-def save(result: Any, path: str | PathLike[str]) -> Path:
-    """Write a result to one file; returns its path.
+class Savable:
+    """A result that is kept in a file, and pickled and copied, without its model."""
 
-    Raises:
-        ArgumentError: where there is no such folder.
-    """
-    from safetensors.torch import save_file
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of memory the result holds, the model aside."""
+        return nbytes(self)
 
-    path = Path(path)
-    if not path.parent.is_dir() or path.is_dir():
-        raise ArgumentError(f"The result cannot be written to {str(path)!r}: it must name a file.")
-    tensors: dict[str, Tensor] = {}
-    tree = {"format": _FORMAT, "result": _encoded(result, tensors)}
-    with aside(path) as temporary:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(tree, separators=(",", ":"))})
-    return path
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Keep the result in one file, without the model; `load_result` reads it again.
+
+        Args:
+            path: of the file, such as `"paris.safetensors"`; one that exists is replaced.
+
+        Raises:
+            ArgumentError: where there is no such folder.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if not path.parent.is_dir() or path.is_dir():
+            raise ArgumentError(
+                f"The result cannot be written to {str(path)!r}: it must name a file."
+            )
+        tensors: dict[str, Tensor] = {}
+        tree = {"format": _FORMAT, "result": _encoded(self, tensors)}
+        header = {_HEADER: json.dumps(tree, separators=(",", ":"))}
+        with aside(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: the fields, and nothing that is computed from them."""
+        return _fields(self)
 
 
 def load(path: str | PathLike[str]) -> Any:
@@ -65,16 +83,22 @@ def load(path: str | PathLike[str]) -> Any:
         raise ArgumentError(
             f"{str(path)!r} is a result of format {tree['format']}; this release reads {_FORMAT}."
         )
-    return _decoded(tree["result"], tensors)
+    try:
+        return _decoded(tree["result"], tensors)
+    except (TypeError, KeyError, ImportError) as error:
+        raise ArgumentError(
+            f"{str(path)!r} is a result of another release, or was changed: {error}."
+        ) from error
 
 
 def load_result(path: str | PathLike[str], model: Any = None) -> Any:
     """A result that was kept with `result.save(path)`.
 
     Args:
-        path: the file.
+        path: the file, of an attribution, an answer's, or a comparison.
         model: the model that the result is of, for what runs it again; without it the result shows,
-            plots and compares its numbers, and says so where it needs the model.
+            plots and compares its numbers, and says so where it needs the model. A comparison runs
+            none.
 
     Raises:
         ArgumentError: for a file that holds no result, or a model of other sizes.
@@ -89,7 +113,11 @@ def load_result(path: str | PathLike[str], model: Any = None) -> Any:
         True
     """
     result = load(path)
-    return result if model is None else result.with_model(model)
+    if model is None:
+        return result
+    if not hasattr(result, "with_model"):
+        raise ArgumentError(f"A {type(result).__name__} runs no model: load it without one.")
+    return result.with_model(model)
 
 
 def nbytes(result: Any) -> int:
@@ -110,6 +138,10 @@ def nbytes(result: Any) -> int:
     return sum(held.values())
 
 
+def _fields(x: Any) -> dict[str, Any]:
+    return {own.name: getattr(x, own.name) for own in dataclasses.fields(x)}
+
+
 def _encoded(x: Any, tensors: dict[str, Tensor]) -> Any:
     """As JSON: one key names what JSON cannot tell apart, or the class; tensors are set aside."""
     if x is None or isinstance(x, bool | int | float | str):
@@ -128,8 +160,7 @@ def _encoded(x: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(x, tuple):  # a NamedTuple
         return {_name(x): [_encoded(one, tensors) for one in x]}
     if dataclasses.is_dataclass(x):
-        fields = {f.name: _encoded(getattr(x, f.name), tensors) for f in dataclasses.fields(x)}
-        return {_name(x): fields}
+        return {_name(x): {name: _encoded(one, tensors) for name, one in _fields(x).items()}}
     raise TypeError(f"A {type(x).__name__} cannot be saved.")
 
 
