@@ -382,9 +382,13 @@ def test_the_figure_draws_both_runs_of_each_row_and_the_heads():
     [start] = [trace for trace in figure.data if trace.name == "a"]
     ends = [trace for trace in figure.data if (trace.name or "").startswith("b,")]
     drawn = {int(y): x for trace in ends for x, y in zip(trace.x, trace.y, strict=True)}
-    for i in range(len(found)):
-        assert start.x[i] == pytest.approx(float(found.a[i].mean()), abs=1e-6)
-        assert drawn[i] == pytest.approx(float(found.b[i].mean()), abs=1e-6)
-    assert list(figure.layout.yaxis.ticktext)[:-1] == found.labels
+    names = list(figure.layout.yaxis.ticktext)[:-1]
+    assert sorted(names) == sorted(found.labels)
+    for place, name in enumerate(names):
+        i = found.labels.index(name)
+        assert start.x[place] == pytest.approx(float(found.a[i].mean()), abs=1e-6)
+        assert drawn[place] == pytest.approx(float(found.b[i].mean()), abs=1e-6)
+    first = [names.index(name) for name in ("embed", "L0H3", "0_mlp_out", "L1H0", "ln_final.b")]
+    assert first == sorted(first)  # as they are written
     few = found.plot(k=3)
     assert f"{len(found) - 3} smaller rows" in few.layout.yaxis.ticktext

@@ -141,7 +141,8 @@ def _in_order(changes: Changes, k: int) -> list[Line]:
     view, means = changes.view, changes.means
     if view.unit == "layer":
         k = len(means)
-    kept = np.sort(largest(means[:, 2:3], k if len(means) > k + 1 else len(means)))
+    chosen = set(largest(means[:, 2:3], k if len(means) > k + 1 else len(means)))
+    kept = [row for row in view.stream_order if row in chosen]
     found = [Line(view.labels[i], means[i]) for i in kept]
     rest = np.setdiff1d(np.arange(len(means)), kept)
     if len(rest):

@@ -125,8 +125,9 @@ class View:
         samples = [self.samples[i] for i in kept]
         return replace(self, values=self.values[:, kept], logit=self.logit[kept], samples=samples)
 
-    def along_the_stream(self) -> "View":
-        """The same with the rows in the order in which they are written.
+    @property
+    def stream_order(self) -> list[int]:
+        """The rows in the order in which they are written.
 
         A result lists what splits a sublayer (neurons, heads, their source tokens) before the rest.
         """
@@ -138,9 +139,12 @@ class View:
                 return (np.inf if kind == "bias" else -1.0, 0)
             return (float(layer), stage.get(kind, 0))
 
-        if self.unit not in ("head", "neuron", "source"):
-            return self
-        order = sorted(range(len(self.labels)), key=place)
+        rows = list(range(len(self.labels)))
+        return sorted(rows, key=place) if self.unit in ("head", "neuron", "source") else rows
+
+    def along_the_stream(self) -> "View":
+        """The same with the rows in that order."""
+        order = self.stream_order
         return replace(
             self,
             values=self.values[order],

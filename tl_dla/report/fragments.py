@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from tl_dla.analyses.head_patterns import HeadPattern, HeadPatterns
+from tl_dla.analyses.pattern_result import HeadPattern, HeadPatterns
 from tl_dla.core.result import Attribution
 from tl_dla.core.view import prompt_tokens
 from tl_dla.effects.audit import Audit
