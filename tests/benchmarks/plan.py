@@ -42,9 +42,10 @@ class Size:
         return (self.layers * places + tokens) * self.d * self.width
 
     def directions(self, unit: str, tokens: int) -> int:
-        """Bytes of pulled-back directions, in float32; each layer's lie where its weights lie."""
-        places = {"component": 0, "neuron": self.d_mlp}.get(unit, self.heads * self.d_head)
-        return tokens * (self.d + self.layers * places) * 4
+        """Bytes of pulled-back directions alive at once; each layer's lie where its weights lie."""
+        z = self.heads * self.d_head  # heads are pulled back one layer at a time
+        layers = {"component": 0, "head": z, "source": self.layers * z}
+        return tokens * (self.d + layers.get(unit, self.layers * self.d_mlp)) * 4
 
     def rows(self, unit: str, length: int) -> int:
         """How many rows there are for prompts of `length` tokens, biases left out."""
@@ -112,11 +113,12 @@ and keeps; what they say of models that were run, beside what was measured; and 
 With L layers, width d, H heads of d_head, d_mlp neurons, t target tokens in all prompts together
 and weights of w bytes a number, a call does beside the forward pass:
 
-| | component, layer | head, source | neuron |
+| unit | weights read, once a batch | directions kept meanwhile | rows |
 |---|---|---|---|
-| weights read, once a batch | t · d · w | (t + L · H · d_head) · d · w | (t + L · d_mlp) · d · w |
-| directions kept meanwhile | 4 t · d | 4 t · (d + L · H · d_head) | 4 t · (d + L · d_mlp) |
-| rows | 2 L + 1 | L · H + L + 1; by source token L · H · n + L + 1 | L · d_mlp + L + 1 |
+| component, layer | t · d · w | 4 t · d | 2 L + 1 |
+| head | (t + L · H · d_head) · d · w | 4 t · (d + H · d_head) | L · H + L + 1 |
+| source, of n tokens | as for heads | 4 t · (d + L · H · d_head) | L · H · n + L + 1 |
+| neuron | (t + L · d_mlp) · d · w | 4 t · (d + L · d_mlp) | L · d_mlp + L + 1 |
 
 - Activations are read where they are shown and not kept. A weight is read where it lies: from one
   device to the next goes the direction alone, 4 t · d bytes.
