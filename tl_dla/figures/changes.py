@@ -226,10 +226,9 @@ def _add_map(
         heat.update(text=cells, texttemplate="%{text}", textfont=dict(size=9))
     fig.add_trace(heat)
     bottom, plain = 1 - height / total, dict(showgrid=False, zeroline=False)
-    bar = dict(x=1.01, y=1, yanchor="top", lenmode="pixels", len=min(220, height))
     step = -(-grid.shape[1] // max(4, (look.room - 150) // 20))
     fig.update_layout(
-        coloraxis=LOGITS.axis(grid, **bar) | dict(showscale=not look.narrow),
+        coloraxis=LOGITS.axis(grid, height) | dict(showscale=not look.narrow),
         meta=dict(scale="diverging", least=330),
         xaxis2=dict(anchor="y2", side="top", tickmode="linear", dtick=step, title="head", **plain),
         yaxis2=dict(

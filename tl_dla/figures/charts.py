@@ -302,17 +302,22 @@ class Colours:
     options: Mapping[str, Any] = field(default_factory=dict)
     strong_is_low: bool = False
 
-    def axis(self, values: Float[np.ndarray, "..."], **bar: Any) -> dict[str, Any]:
-        """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not."""
+    def axis(self, values: Float[np.ndarray, "..."], height: int | float = 220) -> dict[str, Any]:
+        """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not.
+
+        Its bar stands beside the top of what is `height` pixels high, and has room for its numbers.
+        """
         finite = np.abs(values[np.isfinite(values)])
         largest = self.largest or (float(finite.max()) if finite.size else 0.0) or 1.0
         words = dict(text=self.title, side="top", font=dict(size=12))
+        size = dict(lenmode="pixels", len=max(120, min(220, height)), thickness=10)
+        place = dict(x=1.01, y=1, yanchor="top", outlinewidth=0)
         return dict(
             colorscale=SCALES[self.scale]["light"],
             reversescale=self.strong_is_low,
             cmin=-largest if self.scale == "diverging" else 0.0,
             cmax=largest,
-            colorbar={"title": words, "thickness": 10, "outlinewidth": 0, **self.options, **bar},
+            colorbar={"title": words, **size, **place, **self.options},
         )
 
 
@@ -381,9 +386,8 @@ def table(
         showgrid=False,
         zeroline=False,
     )
-    bar = dict(lenmode="pixels", len=min(220, height * n_rows), y=1, yanchor="top")
     fig.update_layout(
-        coloraxis=colours.axis(grid.values, **bar),
+        coloraxis=colours.axis(grid.values, height * n_rows),
         meta=dict(
             scale=colours.scale,
             least=(look.width if worded else 330),

@@ -58,9 +58,7 @@ def heads(view: View, k: int = 10, look: Look = PLAIN) -> go.Figure:
         words = [["" if np.isnan(x) else number(x)[:6] for x in line] for line in grid]
         fig.data[0].update(text=words, texttemplate="%{text}", textfont=dict(size=9))
     fig.update_layout(
-        coloraxis=Colours(view.words.units).axis(
-            grid, x=1.01, y=1, yanchor="top", lenmode="pixels", len=min(220, pixels)
-        )
+        coloraxis=Colours(view.words.units).axis(grid, pixels)
         | dict(showscale=not look.narrow),  # signs are red and blue, values in the hover
         barmode="overlay",
     )
