@@ -50,7 +50,8 @@ class SourceSplit(HeadSplit):
         def by_group(v: Tensor) -> Tensor:
             return rearrange(upcast(v).flatten(2), "b pos (group d) -> b pos group d", d=d_head)
 
-        by_head = self.by_head
+        by_head, heads = self.by_head, self.heads  # every layer's, which are read again below
+        self.heads_tap = Tap(part.site, lambda z: heads.contract(by_head(z)))
         self.z_tap = Tap(part.site, lambda z: upcast(by_head(z)))
         self.pattern_tap = Tap(reads.pattern, upcast, keys=True, heads_first=True)
         self.values_tap = Tap(reads.values, by_group, whole=True, heads_first=reads.heads_first)
