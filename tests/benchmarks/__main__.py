@@ -61,7 +61,7 @@ def ratios(report: dict[str, Any]) -> dict[str, tuple[float, float, float | None
     for name, peak in report["memory_mb"].items():
         if None not in peak.values():
             name = f"{name.replace(' ', 's, ')}: peak memory above a forward pass, GB"
-            rows[name] = peak["theirs"] / 1000, peak["ours"] / 1000, 0.1
+            rows[name] = *(max(0.0, peak[tool] / 1000) for tool in ("theirs", "ours")), 0.1
     return rows
 
 

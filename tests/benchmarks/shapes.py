@@ -1,6 +1,7 @@
 """What one call takes, by the shape of its question: short, long, wide, and on a large model.
 
-    python -m tests.benchmarks.shapes                      all of it, half an hour
+    python -m tests.benchmarks.shapes                      all of it, ten minutes
+    python -m tests.benchmarks.shapes --memory             peak memory too, half an hour
     python -m tests.benchmarks.shapes --model llama-1b
     python -m tests.benchmarks.shapes --json out.json      kept, to be shown beside a later run
     python -m tests.benchmarks.shapes --against out.json
@@ -10,6 +11,7 @@ alternate; peak memory is that of a process of its own, above one that runs the 
 """
 
 import argparse
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted({case.model for case in CASES}))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="of each, in two processes")
     parser.add_argument("--json", help="keep the numbers in this file")
     parser.add_argument("--against", help="such a file, of an earlier run")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -116,7 +119,8 @@ def main() -> None:
             runs = max(1, args.runs if size[0] * size[1] < 2048 else args.runs // 2)
             ratios = over_forward(model, [case for _, case in group], runs)
             for (i, case), ratio in zip(group, ratios, strict=True):
-                mb, old = memory(i), before.get(case.name)
+                mb = memory(i) if args.memory else None
+                old = before.get(case.name)
                 found[case.name] = ratio
                 shown = [f"{ratio:.2f}", "" if mb is None else f"{mb:.0f}"]
                 table.add_row(
