@@ -11,7 +11,6 @@ alternate; peak memory is that of a process of its own, above one that runs the 
 """
 
 import argparse
-import sys
 from typing import Any, NamedTuple
 
 import torch
