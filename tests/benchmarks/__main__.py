@@ -1,7 +1,6 @@
 """What attribution costs, beside TransformerLens's own tool and a plain forward pass.
 
     python -m tests.benchmarks                 the table of the README, a few minutes
-    python -m tests.benchmarks --grid          batch × tokens × unit × positions, and how cost grows
     python -m tests.benchmarks --json out.json         the ratios, kept
     python -m tests.benchmarks --against out.json      and shown beside those of a later run
 
@@ -19,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.growth import exponents
 from tests.benchmarks.memory import above_forward
 from tests.benchmarks.models import MODELS, boot
 from tests.benchmarks.results import kept, save
@@ -83,33 +81,11 @@ def table(report: dict[str, Any], before: dict[str, float]) -> Table:
     return shown
 
 
-def grid(runs: int, console: Console) -> dict[str, Any]:
-    """Batches, lengths, units and positions on SmolLM2; and the exponents with which cost grows."""
-    columns = "unit", "pos", "batch", "tokens", "forward s", "ours s", "over forward", "cache s"
-    shown, cells, model = Table(*columns), [], boot("smollm2")
-    for batch, tokens in ((1, 64), (4, 64), (32, 64), (1, 256), (4, 256), (1, 1024)):
-        for unit in UNITS:
-            for pos in (-1, None):
-                if unit == "neuron" and pos is None and batch * tokens > 64:
-                    continue  # rows × positions numbers: tens of millions of them
-                c = case(model, inputs(model, batch, tokens), unit, pos, runs, with_theirs=False)
-                cells.append(c)
-                numbers = c["forward"], c["ours"], c["ours"] / c["forward"], c["ours_cache"]
-                where = unit, c["pos"], str(batch), str(tokens)
-                shown.add_row(*where, *(f"{x:.3f}" for x in numbers))
-    growth = exponents(runs)
-    console.print(shown)
-    for what, found in growth.items():
-        console.print(f"{what} {found['sizes']}: cost grows as n^{found['exponent']:.2f}")
-    return {"grid": cells, "growth": growth}
-
-
 def main() -> None:
     """Measures, prints the tables, and writes everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="both by default")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--grid", action="store_true")
     parser.add_argument("--json", help="keep the ratios in this file")
     parser.add_argument("--against", help="such a file, of an earlier run")
     args = parser.parse_args()
@@ -119,8 +95,6 @@ def main() -> None:
         report = measured(name, args.runs)
         console.print(table(report, before))
         found |= {f"{name}: {what}": ours for what, (_, ours, _) in ratios(report).items()}
-    if args.grid:
-        grid(min(args.runs, 2), console)
     save(args.json, found)
 
 

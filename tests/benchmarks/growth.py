@@ -1,5 +1,7 @@
 """How the cost grows: every size beside its double, as the exponent of a power law.
 
+    python -m tests.benchmarks.growth
+
 What is timed is attribution to heads at all positions from a given cache, so that the forward pass,
 which has exponents of its own, is not in it.
 """
@@ -51,3 +53,8 @@ def slope(xs: list[int], ys: list[float]) -> float:
     mx, my = statistics.mean(lx), statistics.mean(ly)
     top = sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True))
     return top / sum((x - mx) ** 2 for x in lx)
+
+
+if __name__ == "__main__":
+    for what, found in exponents(runs=2).items():
+        print(f"{what} {found['sizes']}: cost grows as n^{found['exponent']:.2f}")

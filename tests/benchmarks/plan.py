@@ -147,8 +147,8 @@ tokens, the last position. The last column is what a million prompts store in fl
 |---|---|---|---|---|---|
 {planned}
 
-What limits first: the forward pass. It reads 140 GB of weights a batch, where heads read {o}
-more and neurons {mlp}; at 64 tokens it does 9 · 10¹² operations a prompt, where heads do
+What limits first: the forward pass. It reads {all} of weights a batch, where heads read {o}
+more and neurons {mlp}; at 64 tokens it does {forward:.0e} operations a prompt, where heads do
 {flops:.0e}. For a million prompts, storage: heads fit on a disk, source tokens and neurons do not
 unless few rows are kept (`heads=`, `top_neurons=`). Models shared out over several processes were
 not measured.
@@ -160,6 +160,7 @@ def main() -> None:
     lines = [*measured("smollm2", 4, 4, 64), *measured(LLAMA, 2, 4, 64)]
     large = Size(80, 8192, 64, 128, 28672, 128256, 2)
     heads, neurons = (readable(large.weights(unit, 0)) for unit in ("head", "neuron"))
+    weights = 70e9
     flops = 2 * 2 * large.layers * large.heads * large.d_head * large.d
     text = PAGE.format(
         measured="\n".join(lines),
@@ -167,6 +168,8 @@ def main() -> None:
         o=heads,
         mlp=neurons,
         flops=flops,
+        all=readable(2 * weights),
+        forward=2 * weights * 64,
     )
     print(text, end="")
 

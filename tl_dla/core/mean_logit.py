@@ -17,7 +17,7 @@ from tl_dla.model.hooks import product, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import Unembedding
 
-_CHUNK = 16384  # tokens whose columns of W_U are held in float32 at once
+_CHUNK = 16384  # tokens of the vocabulary that are read at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,7 +151,10 @@ class Readout:
 
     @cached_property
     def _squared(self) -> "tuple[Readout, Float[Tensor, '*lead']]":
-        """W ⊙ w, of order 1 before it is squared: a direction of 1e-20 would underflow."""
+        """The direction squared, over its largest entry's square; and that entry.
+
+        Of order 1 before it is squared: a direction of 1e-20 would underflow.
+        """
         largest = self.direction.abs().amax(-1, keepdim=True).clamp(min=_TINY)
         return Readout((self.direction / largest).square()), largest[..., 0]
 

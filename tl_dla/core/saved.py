@@ -8,6 +8,7 @@ asks for it.
 import dataclasses
 import importlib
 import json
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from tl_dla.core.files import aside
-from tl_dla.core.rows import Keys
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
 
@@ -150,7 +150,7 @@ def _encoded(x: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = x.detach().cpu().clone().contiguous()
         return {"tensor": name}
-    if isinstance(x, list | Keys):
+    if isinstance(x, Sequence) and not isinstance(x, tuple):
         return [_encoded(one, tensors) for one in x]
     if isinstance(x, dict):
         return {"dict": {key: _encoded(one, tensors) for key, one in x.items()}}

@@ -24,7 +24,7 @@ from tl_dla.inputs.models import scales_with_length
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
-from tl_dla.model.hooks import Site, alone_on, listen
+from tl_dla.model.hooks import Site, alone_on
 from tl_dla.model.reader import ModelReader
 
 
@@ -189,12 +189,16 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             raw.append(select(output, query.targets))
 
     sites = {name: taps[0].site for name, taps in by_site.items()}
+    level = id(values)  # of the hooks of this pass, and of no other
     with ExitStack() as stack:
         stack.enter_context(alone_on(model))
         stack.enter_context(torch.no_grad())
         for name, site in sites.items():
             if site.hooked:
-                stack.callback(listen(site.module, reader(name)))
+                # As `model.hooks` does, without looking each name up among the aliases of all.
+                point: Any = site.module
+                point.add_hook(reader(name), level=level)
+                stack.callback(point.remove_hooks, "fwd", level=level)
             elif site.inputs:
                 handle = site.module.register_forward_pre_hook(read_inputs(name), with_kwargs=True)
                 stack.callback(handle.remove)

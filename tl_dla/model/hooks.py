@@ -6,7 +6,7 @@ their modules. Every reader of a part holds a `Hooks`.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -231,21 +231,6 @@ def product(
 def _blocks(n: int, width: int) -> list[slice]:
     step = max(1, _BLOCK // width)
     return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def listen(hook_point: Any, read: Callable[..., None]) -> Callable[[], None]:
-    """Let a hook point call `read` with what it shows, after the user's own hooks; how to stop it.
-
-    What `model.hooks` does, without resolving each name among the aliases of all.
-    """
-    hook_point.add_hook(read)
-    mine = hook_point.fwd_hooks[-1]
-
-    def stop() -> None:
-        mine.hook.remove()
-        hook_point.fwd_hooks[:] = [other for other in hook_point.fwd_hooks if other is not mine]
-
-    return stop
 
 
 # Hooks live on the model, which threads may share: one pass at a time.

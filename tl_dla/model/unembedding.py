@@ -138,7 +138,7 @@ class Unembedding:
         return x.to(self.W_U.device)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The whole vocabulary, `chunk_size` tokens at a time, in at least float32."""
+        """The whole vocabulary, `chunk_size` tokens at a time."""
         dtype = compute_dtype(self.W_U.dtype)
         for start in range(0, self.d_vocab, self.chunk_size):
             part = slice(start, min(start + self.chunk_size, self.d_vocab))
