@@ -305,7 +305,8 @@ class Colours:
     def axis(self, values: Float[np.ndarray, "..."], height: int | float = 220) -> dict[str, Any]:
         """A colour axis: symmetric about 0 where it diverges, from 0 upwards where it does not.
 
-        Its bar stands beside the top of what is `height` pixels high, and has room for its numbers.
+        Its bar stands beside the top of what is `height` pixels high, and has room for its numbers;
+        a line or two of cells say theirs, and have no bar.
         """
         finite = np.abs(values[np.isfinite(values)])
         largest = self.largest or (float(finite.max()) if finite.size else 0.0) or 1.0
@@ -317,6 +318,7 @@ class Colours:
             reversescale=self.strong_is_low,
             cmin=-largest if self.scale == "diverging" else 0.0,
             cmax=largest,
+            showscale=height >= 60,
             colorbar={"title": words, **size, **place, **self.options},
         )
 
