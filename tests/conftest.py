@@ -1,10 +1,14 @@
 """Fixtures that several test files share."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: PyTorch would take all of them in each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
