@@ -6,15 +6,14 @@ through, and a dot product there. Parts must add up to the row that they split.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial, reduce
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.readout import Readout
-from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows, key_of
+from tl_dla.core.rows import Keys, RowGroup, RowKey, ScaledKept, SplitCheck, SplitRows, key_of
 from tl_dla.core.taps import Tap
 from tl_dla.model.attention import Attention
 from tl_dla.model.mlp import MLP, Experts
@@ -36,7 +35,7 @@ class RowSplit:
         self.output = write if part is None else write.times(part.factor)
         if part is not None and part.post_norm is not None:
             self.output = self.output.through_norm(part.post_norm)
-        self.norm_tap = Tap(step.site, write.norm_of)
+        self.norm_tap = Tap(step.site, write.norm_of, together=True)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -74,14 +73,20 @@ class RowSplit:
         parts: list[tuple[Float[Tensor, "batch pos token"], Float[Tensor, "batch pos token"]]],
     ) -> SplitCheck:
         """The parts against the row that they split; each as its sum and its sum of |values|."""
-        size = kept.scaled(kept[self.norm_tap], self.write).abs()
-        total, abs_sum = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
+        size = kept.scaled(kept[self.norm_tap], self.write)
+        total, abs_sum = (reduce(torch.add, x) for x in zip(*parts, strict=True))
         return SplitCheck(self.key, parts_are, whole, total, abs_sum, size)
 
 
 def sums(groups: list[RowGroup]) -> list[tuple[Tensor, Tensor]]:
     """Each group's sum over rows, and its sum of absolute values."""
     return [(group.values.sum(0), group.values.abs().sum(0)) for group in groups]
+
+
+def _by_head(
+    z: Float[Tensor, "batch pos ..."], n_heads: int
+) -> Float[Tensor, "batch pos head d_head"]:
+    return z.flatten(2).unflatten(2, (n_heads, -1))
 
 
 class HeadSplit(RowSplit):
@@ -98,10 +103,8 @@ class HeadSplit(RowSplit):
         super().__init__(part, step, write)
         self.keep = range(part.W_O.shape[0]) if keep is None else keep
         # Nothing that the tap holds may hold the split: a circle would keep directions alive.
-        output, W_O, n_heads = self.output, part.W_O, part.W_O.shape[0]
-
-        def by_head(z: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos head d_head"]:
-            return z.flatten(2).unflatten(2, (n_heads, -1))
+        output, W_O = self.output, part.W_O
+        by_head = partial(_by_head, n_heads=W_O.shape[0])
 
         def by_dot_product(z: Tensor) -> Tensor:  # of many positions, one layer's directions
             return output.through_linear(W_O).contract(by_head(z))
@@ -124,11 +127,11 @@ class HeadSplit(RowSplit):
     def split(self, kept: ScaledKept, whole: Float[Tensor, "batch pos token"]) -> SplitRows:
         """The heads first, the bias in place."""
         bias, values = self.bias(kept), self.values(kept)
-        every = rearrange(values, "batch pos token head -> head batch pos token")
-        keys = [RowKey("head", self.layer, index=head) for head in self.keep]
+        every, layer, keep = values.movedim(-1, 0), self.layer, self.keep
+        keys = Keys(len(keep), lambda: (RowKey("head", layer, index=n) for n in keep), "head")
         check = self.check(kept, "the heads", whole, sums([RowGroup((), every), *bias]))
         if len(keys) == len(every):
             return SplitRows([RowGroup(keys, every)], bias, [check])
-        others = [head for head in range(len(every)) if head not in self.keep]
-        rest = RowGroup.one(RowKey("attn", self.layer, "other_heads"), every[others].sum(0))
-        return SplitRows([RowGroup(keys, every[list(self.keep)])], [rest, *bias], [check])
+        others = [head for head in range(len(every)) if head not in keep]
+        rest = RowGroup.one(RowKey("attn", layer, "other_heads"), every[others].sum(0))
+        return SplitRows([RowGroup(keys, every[list(keep)])], [rest, *bias], [check])

@@ -119,13 +119,11 @@ class Readout:
         """What a constant at this place writes, before the division by the scales."""
         return self.direction @ bias.to(self.direction)
 
-    def contract(
-        self, activation: Float[Tensor, "batch pos *place"]
-    ) -> Float[Tensor, "batch pos token *inner"]:
+    def contract(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The dot product over the last axis, before the division by the scales.
 
         `[batch, pos, d]` gives `[batch, pos, token]`; `[batch, pos, head, d_head]` gives
-        `[batch, pos, token, head]`.
+        `[batch, pos, token, head]`. Several places of one readout may be stacked on a first axis.
         """
         x = upcast(activation)
         if self.is_identity:
@@ -134,15 +132,16 @@ class Readout:
         if w.shape[1] == 1 and x.ndim == 3:  # one direction for every position
             return x @ w[:, 0].mT
         if w.shape[2] <= 4:  # few tokens: reads z as it lies, where einsum transposes it first
-            return torch.linalg.vecdot(x[:, :, None], w)
-        inner = "h" if x.ndim == 4 else ""
+            return torch.linalg.vecdot(x.unsqueeze(2 - w.ndim), w)
+        inner = "h" if w.ndim == 5 else ""
         w, p = (w, "p") if w.shape[1] > 1 else (w[:, 0], "")
-        return torch.einsum(f"bp{inner}d,b{p}t{inner}d->bpt{inner}", x, w)
+        return torch.einsum(f"...bp{inner}d,b{p}t{inner}d->...bpt{inner}", x, w)
 
-    def norm_of(
-        self, activation: Float[Tensor, "batch pos *place"]
-    ) -> Float[Tensor, "batch pos token *inner"]:
-        """‖x ⊙ w‖, by which rounding in x is felt, before the division by the scales."""
+    def norm_of(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """‖x ⊙ w‖, by which rounding in x is felt, before the division by the scales.
+
+        Shapes are those of `contract`.
+        """
         x = upcast(activation)
         if self.is_identity:  # what a coordinate passed on its way here may be larger than its end
             return (x.square() + x.square().mean(-1, keepdim=True)).sqrt()

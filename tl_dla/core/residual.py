@@ -6,6 +6,8 @@ the block gets a `_rest` row, so that nothing is missing from the total and noth
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -17,10 +19,12 @@ from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, key_of
 from tl_dla.core.taps import Tap
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.hooks import upcast
+from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import FINAL, Rescale, ResidPoint, Step, StreamNorm, Write
 
 Steps = list[tuple[Step, Readout]]
+Shown = tuple[RowKey, Readout, Tensor]
 
 
 def pull_back(steps: Sequence[Step], readout: Readout) -> Steps:
@@ -72,9 +76,9 @@ class StreamTaps:
         for step, readout in steps:
             if not isinstance(step, Write | ResidPoint):
                 continue
-            taps.value[step] = Tap(step.site, readout.contract)
+            taps.value[step] = Tap(step.site, readout.contract, together=True)
             if isinstance(step, ResidPoint) and (step.block or every_norm):
-                taps.norm[step] = Tap(step.site, readout.norm_of)
+                taps.norm[step] = Tap(step.site, readout.norm_of, together=True)
             if not started and (isinstance(step, ResidPoint) or step.name == "embed"):
                 started = isinstance(step, ResidPoint)  # to see whether it is the embedding
                 taps.vector[step] = Tap(step.site, upcast)
@@ -87,11 +91,9 @@ class StreamTaps:
     def rows(self, reader: ModelReader, kept: ScaledKept) -> StreamRows:
         """What was written, block by block; what that misses is a `_rest` row."""
         additions = [0]
-        wrote: list[tuple[RowKey, Readout, Tensor]] = []
+        wrote, shown, sizes = list[Shown](), list[Shown](), list[Shown]()
         blocks: list[int] = []  # of each write
         borders: list[ResidPoint] = []
-        shown: list[tuple[RowKey, Readout, Tensor]] = []
-        sizes: list[tuple[RowKey, Readout, Tensor]] = []
         at: list[int] = []  # the borders, among the points
         for step, readout in self.steps:
             if isinstance(step, ResidPoint):
@@ -111,15 +113,12 @@ class StreamTaps:
                 continue
             blocks.append(len(borders))
         scaled = _scaled([*wrote, *shown, *sizes], kept)
-        parts, points = scaled[: len(wrote)], scaled[len(wrote) : len(wrote) + len(shown)]
-        size = torch.stack(scaled[len(wrote) + len(shown) :]).abs()
-        after = torch.stack([points[i] for i in at])
+        written, points, size = scaled.split([len(wrote), len(shown), len(sizes)])
+        after = points[at]
         explained = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
-        abs_sum = after.abs()
-        if parts:
-            written, block = torch.stack(parts), torch.tensor(blocks, device=after.device)
-            explained = explained.index_add(0, block, written)
-            abs_sum = abs_sum.index_add(0, block, written.abs())
+        block = torch.tensor(blocks, dtype=torch.long, device=after.device)
+        explained = explained.index_add(0, block, written)
+        abs_sum = after.abs().index_add(0, block, written.abs())
         rest = after - explained
         count = after.new_tensor([max(n, 1) for n in additions[:-1]]).sqrt()[:, None, None, None]
         fine = explained_by_rounding(
@@ -127,20 +126,17 @@ class StreamTaps:
         )
         missed = (~fine).flatten(1).any(1).tolist()
         rows: list[RowGroup] = []
+        each = zip(blocks, _groups(wrote, written), strict=True)
+        of_block = {n: [row for _, row in some] for n, some in groupby(each, itemgetter(0))}
         for number, point in enumerate(borders):
-            mine = [
-                RowGroup.one(key, value)
-                for (key, *_), value, block in zip(wrote, parts, blocks, strict=True)
-                if block == number
-            ]
+            mine = of_block.get(number, [])
             if missed[number]:
                 mine = self._with_rest(
                     reader, mine, number, point, after[number], rest[number], kept
                 )
             rows += mine
-        sights = [RowGroup.one(key, value) for (key, *_), value in zip(shown, points, strict=True)]
         total = (size * count).double().square().sum(0).sqrt()
-        return StreamRows(rows, sights, total.to(size), size[-1])
+        return StreamRows(rows, _groups(shown, points), total.to(size), size[-1])
 
     def _with_rest(
         self,
@@ -168,17 +164,21 @@ class StreamTaps:
         return [*rows, RowGroup.one(key, rest)]
 
 
-def _scaled(
-    rows: Sequence[tuple[RowKey, Readout, Tensor]], kept: ScaledKept
-) -> list[Float[Tensor, "batch pos token"]]:
+def _groups(rows: Sequence[Shown], values: Float[Tensor, "row batch pos token"]) -> list[RowGroup]:
+    return [RowGroup((key,), value) for (key, *_), value in zip(rows, values.split(1), strict=True)]
+
+
+def _scaled(rows: Sequence[Shown], kept: ScaledKept) -> Float[Tensor, "row batch pos token"]:
     """Divided by their scales; rows whose readouts share their norms, together."""
-    together: dict[tuple[str, ...], list[int]] = {}
+    together: dict[tuple[Norm, ...], list[int]] = {}
     for i, (_, readout, _) in enumerate(rows):
-        together.setdefault(tuple(norm.name for norm in readout.norms), []).append(i)
-    scaled: list[Tensor] = [value for _, _, value in rows]
+        together.setdefault(readout.norms, []).append(i)
+    parts = []
     for indices in together.values():
-        values = [scaled[i].to(kept.device).expand(kept.shape) for i in indices]
+        values = [rows[i][2].to(kept.device).expand(kept.shape) for i in indices]
         divided = kept.scaled(torch.stack(values, -1), rows[indices[0]][1])
-        for i, value in zip(indices, divided.unbind(-1), strict=True):
-            scaled[i] = value
-    return scaled
+        parts.append(divided.movedim(-1, 0))
+    if len(parts) == 1:
+        return parts[0]
+    order = [i for indices in together.values() for i in indices]
+    return torch.cat(parts)[torch.tensor(order, device=kept.device).argsort()]

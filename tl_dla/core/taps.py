@@ -36,6 +36,7 @@ class Tap:
     attention pattern, as `[batch, pos, head, key]`: at the attributed positions, over every key;
     with `whole`, at every position.
     `heads_first` is for activations `[batch, head, pos, ...]`: the two axes are swapped.
+    `together` says that `read` also takes several activations, stacked on a first axis.
     """
 
     site: Site
@@ -43,6 +44,7 @@ class Tap:
     whole: bool = False
     keys: bool = False
     heads_first: bool = False
+    together: bool = False
 
     def of(
         self, x: Shaped[Tensor, "batch ..."], positions: Positions, start: Tensor | None = None
@@ -105,6 +107,32 @@ class Kept:
         return Kept(values, raw, logits, parts[0].machine_eps)
 
 
+class Reading:
+    """What taps make of the activations that one pass shows them, in turn.
+
+    Small activations wait for the end, where those of one `read` are read together: short prompts
+    would else spend their time on calls.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[Tap, Tensor | tuple[Tensor, ...]] = {}
+        self._waiting: dict[Any, list[tuple[Tap, Tensor]]] = defaultdict(list)
+
+    def read(self, tap: Tap, x: Shaped[Tensor, "batch pos ..."]) -> None:
+        """Keep what the tap makes of it, now or at the end."""
+        if tap.together and x.numel() <= _SMALL:
+            self._waiting[tap.read, x.shape, x.dtype, x.device].append((tap, x))
+        else:
+            self.values[tap] = _alone(tap.read(x))
+
+    def end(self) -> dict[Tap, Tensor | tuple[Tensor, ...]]:
+        """All of it."""
+        for (read, *_), waiting in self._waiting.items():
+            taps, activations = zip(*waiting, strict=True)
+            self.values |= zip(taps, read(torch.stack(activations)).unbind(), strict=True)
+        return self.values
+
+
 def _cat(parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], tuple):
         return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -112,6 +140,7 @@ def _cat(parts: Sequence[Any]) -> Any:
 
 
 _DEVICES = ("cpu", "cuda")
+_SMALL = 2**14  # numbers of an activation: 64 KiB, so that all of a model's are a few megabytes
 
 
 @contextmanager
@@ -132,8 +161,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         UnsupportedModelError: for a place that the model ran without passing.
     """
     model, prompts, positions = query.model, query.prompts, query.positions
-    values: dict[Tap, Tensor | tuple[Tensor, ...]] = {}
-    raw: list[Tensor] = []
+    reading, raw = Reading(), list[Tensor]()
     tokens = prompts.packed
     _require_alike(model, query)
     by_site, mine = _by_site(taps), threading.get_ident()
@@ -153,10 +181,10 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             with guard():
                 for tap in by_site[name]:
                     if tap.whole or tap.keys:
-                        values[tap] = _alone(tap.read(tap.of(x, positions)))
+                        reading.read(tap, tap.of(x, positions))
                         continue
-                    taken = positions.take(x) if taken is None else taken
-                    values[tap] = _alone(tap.read(taken))
+                    taken = _now(positions.take(x)) if taken is None else taken
+                    reading.read(tap, taken)
 
         return read
 
@@ -168,10 +196,10 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             with guard():
                 for tap in by_site[name]:
                     if tap.site.argument is not None:
-                        values[tap] = tap.read(kwargs.get(tap.site.argument))
+                        reading.values[tap] = tap.read(kwargs.get(tap.site.argument))
                         continue
                     at = [tap.of(_batched(x, *tokens.shape), positions) for x in tensors]
-                    values[tap] = _alone(tap.read(*at))
+                    reading.values[tap] = _alone(tap.read(*at))
 
         return read
 
@@ -180,8 +208,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             return None
         with guard():
             for tap in end:
-                at = tap.of(_batched(args[0], *tokens.shape), positions)
-                values[tap] = _alone(tap.read(at))
+                reading.read(tap, _now(tap.of(_batched(args[0], *tokens.shape), positions)))
         return (positions.take(args[0]), *args[1:])
 
     def keep_raw(_module: Any, _args: Any, output: Tensor) -> None:
@@ -189,7 +216,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
             raw.append(select(output, query.targets))
 
     sites = {name: taps[0].site for name, taps in by_site.items()}
-    level = id(values)  # of the hooks of this pass, and of no other
+    level = id(reading)  # of the hooks of this pass, and of no other
     with ExitStack() as stack:
         stack.enter_context(alone_on(model))
         stack.enter_context(torch.no_grad())
@@ -209,6 +236,8 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
         if logits:
             stack.callback(model.unembed.register_forward_hook(keep_raw).remove)
         output = model(tokens, return_type="logits")
+        with guard():
+            values = reading.end()
     silent = [tap.site.name for tap in taps if tap not in values]
     if silent:
         raise UnsupportedModelError(
@@ -260,7 +289,7 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
                 else "this model shows them at no hook, so give the input in place of the cache."
             )
         )
-    values: dict[Tap, Tensor | tuple[Tensor, ...]] = {}
+    reading = Reading()
     with exact():
         for name, wanted in by_site.items():
             x = cache.cache_dict[names[name]]
@@ -268,11 +297,11 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
             taken = None
             for tap in wanted:
                 if tap.whole or tap.keys:
-                    values[tap] = tap.read(tap.of(x, positions, begins))
+                    reading.read(tap, tap.of(x, positions, begins))
                 else:
                     taken = positions.take(x, begins) if taken is None else taken
-                    values[tap] = tap.read(taken)
-    return Kept(values)
+                    reading.read(tap, taken)
+        return Kept(reading.end())
 
 
 def select(
@@ -293,6 +322,11 @@ def _alone(kept: Any) -> Any:
     if isinstance(kept, tuple):
         return tuple(map(_alone, kept))
     return compact(kept) if isinstance(kept, Tensor) else kept
+
+
+def _now(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """A copy of what may wait to be read, since the model may go on to change what it shows."""
+    return x.clone() if x.numel() <= _SMALL else x
 
 
 def _rolled(
