@@ -7,7 +7,6 @@ forward pass for all heads.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,4 +107,4 @@ def _at(tap: Tap, positions: Positions) -> Tap:
         assert isinstance(kept, Tensor)
         return kept
 
-    return replace(tap, read=read, whole=True, keys=False, heads_first=False)
+    return Tap(tap.site, read, whole=True)

@@ -65,7 +65,7 @@ class Decomposition:
         self.unit, self.selection = unit, selection
         steps, self._places = placed(reader, steps, selection.dictionaries)
         self.steps = pull_back(steps, readout)
-        self.stream = StreamTaps.of(self.steps, every_norm=unit == "layer")
+        self.stream = StreamTaps.of(self.steps, every_point=unit == "layer")
         self.splits = self._splits(whole)
         self._scales = {norm.name: Tap(norm.site, _scale(norm)) for norm in self._norms()}
 

@@ -69,15 +69,17 @@ class StreamTaps:
     vector: dict[Step, Tap] = field(default_factory=dict)
 
     @staticmethod
-    def of(steps: Steps, every_norm: bool) -> "StreamTaps":
-        """At the borders of blocks, or at `every_norm`al point, also ‖x ⊙ w‖."""
+    def of(steps: Steps, every_point: bool) -> "StreamTaps":
+        """At the borders of blocks, also ‖x ⊙ w‖; with `every_point` within blocks too."""
+        if not every_point:
+            steps = [one for one in steps if not isinstance(one[0], ResidPoint) or one[0].block]
         taps = StreamTaps(steps)
         started = False
         for step, readout in steps:
             if not isinstance(step, Write | ResidPoint):
                 continue
             taps.value[step] = Tap(step.site, readout.contract, together=True)
-            if isinstance(step, ResidPoint) and (step.block or every_norm):
+            if isinstance(step, ResidPoint) and step.block:
                 taps.norm[step] = Tap(step.site, readout.norm_of, together=True)
             if not started and (isinstance(step, ResidPoint) or step.name == "embed"):
                 started = isinstance(step, ResidPoint)  # to see whether it is the embedding

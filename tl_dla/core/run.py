@@ -288,7 +288,7 @@ def _by_tokens(
     """
     if whole.selection.top_neurons is not None:
         raise ArgumentError("top_neurons ranks neurons for few candidates: leave it out.")
-    shown = {_place(tap): replace(tap, read=_as_it_is) for tap in whole.taps}
+    shown = {_place(tap): replace(tap, read=_as_it_is, together=False) for tap in whole.taps}
     kept = read([*shown.values(), *taps])
 
     def values(parts: Decomposition) -> dict[Tap, Tensor | tuple[Tensor, ...]]:
