@@ -83,17 +83,17 @@ class Keyed:
         """The rows' names, as TransformerLens writes them (`embed`, `3_attn_out`, `L3H7`)."""
         return [key.label for key in self.keys]
 
-    @property
+    @cached_property
     def kinds(self) -> list[Kind]:
         """What each row is: `embed`, `attn`, `mlp`, `head`, `neuron`, `bias`, `rest`, …."""
         return [key.kind for key in self.keys]
 
-    @property
+    @cached_property
     def layers(self) -> list[int | None]:
         """Each row's layer, None for rows of no layer."""
         return [key.layer for key in self.keys]
 
-    @property
+    @cached_property
     def sources(self) -> list[int | None]:
         """The position of each row's source token (`L9H9←5`), None for rows of no token."""
         return [key.source for key in self.keys]
