@@ -31,7 +31,7 @@ from tl_dla.core.run import CAUSE, run
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle
 from tl_dla.inputs.models import require_model
-from tl_dla.inputs.reading import read_query
+from tl_dla.inputs.query import read_query
 from tl_dla.inputs.targets import Answers, require_answer
 from tl_dla.inputs.tokens import Input
 from tl_dla.model.reader import ModelReader

@@ -336,11 +336,11 @@ def test_a_mistaken_scale_cap_or_rotation_fails_the_certificate(monkeypatch):
     from dataclasses import replace
 
     model = boot("gemma2")
-    read = ModelReader(model).queries_and_keys
+    read = ModelReader.queries_and_keys
 
     def changed(**fields):
-        own = lambda self, layer: replace(read(layer), **fields)  # noqa: E731
-        monkeypatch.setattr("tl_dla.model.queries_keys.QueriesAndKeysReader.queries_and_keys", own)
+        own = lambda self, layer: replace(read(self, layer), **fields)  # noqa: E731
+        monkeypatch.setattr(ModelReader, "queries_and_keys", own)
 
     for fields in dict(scale=0.4), dict(cap=1.0), dict(rotary=None), dict(factor=1.1):
         changed(**fields)

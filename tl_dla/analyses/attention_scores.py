@@ -43,8 +43,7 @@ from tl_dla.errors import ArgumentError, TokenError, UnsupportedModelError
 from tl_dla.inputs.caches import check_cache
 from tl_dla.inputs.models import require_model
 from tl_dla.inputs.positions import Positions, read_places
-from tl_dla.inputs.query import Query
-from tl_dla.inputs.reading import read_given
+from tl_dla.inputs.query import Query, read_given
 from tl_dla.inputs.selection import Selection, Unit, place_of_head
 from tl_dla.inputs.targets import ONE_NUMBER
 from tl_dla.inputs.text import pieces

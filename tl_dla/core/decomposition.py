@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.heads import HeadSplit, RowSplit
-from tl_dla.core.latents import LatentSplit, Score, placed, with_largest
+from tl_dla.core.latents import LatentSplit, Place, Score, placed, with_largest
 from tl_dla.core.mean_logit import Mean
 from tl_dla.core.neurons import ExpertSplit, NeuronSplit, largest
 from tl_dla.core.readout import Readout
@@ -63,7 +63,9 @@ class Decomposition:
         self.reader, self.readout = reader, readout
         self.constants = [(key, value) for key, value in constants if value is not None]
         self.unit, self.selection = unit, selection
-        steps, self._places = placed(reader, steps, selection.dictionaries)
+        self._places: dict[Step, Place] = {}
+        if selection.dictionaries:
+            steps, self._places = placed(reader, steps, selection.dictionaries)
         self.steps = pull_back(steps, readout)
         self.stream = StreamTaps.of(self.steps, every_point=unit == "layer")
         self.splits = self._splits(whole)

@@ -14,11 +14,11 @@ from torch import nn
 
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import AttentionReader
-from tl_dla.model.hooks import Hooks, is_packed, own_map, unwrap
-from tl_dla.model.mlp import MLPReader
-from tl_dla.model.mlp_in import MLPInReader
+from tl_dla.model.hooks import Hooks, Site, is_packed, own_map, unwrap
+from tl_dla.model.mlp import MLP, Experts, MLPReader
+from tl_dla.model.mlp_in import ExpertsIn, MLPIn, MLPInReader
 from tl_dla.model.norms import NormReader
-from tl_dla.model.queries_keys import QueriesAndKeysReader
+from tl_dla.model.queries_keys import QueriesAndKeys, QueriesAndKeysReader
 from tl_dla.model.stream import StreamReader
 from tl_dla.model.values import Values, values_of
 
@@ -34,10 +34,10 @@ class ModelReader:
     """
 
     def __init__(self, model: Any) -> None:
-        hooks = Hooks(model)
+        self._hooks = hooks = Hooks(model)
         _refuse_other_streams(hooks)
-        norms = NormReader(hooks)
-        attention, mlps = AttentionReader(hooks, norms), MLPReader(hooks, norms)
+        self._norms = norms = NormReader(hooks)
+        self._attention = attention = AttentionReader(hooks, norms)
         stream = StreamReader(hooks, norms)
         self.model = model
         self.hooks = hooks.by_name
@@ -46,15 +46,23 @@ class ModelReader:
         self.norm, self.post_norm = norms.norm, norms.post_norm
         self.final_norm, self.attention_norm = norms.final_norm, norms.attention_norm
         self.mlp_norm, self.parallel = norms.mlp_norm, norms.parallel
-        self.attention, self.mlp = attention.attention, mlps.mlp
-        self.attention_module = attention.attention_module
-        self.mlp_in = MLPInReader(hooks, norms).mlp_in
+        self.attention, self.attention_module = attention.attention, attention.attention_module
         self.pattern_and_values, self.gate = attention.pattern_and_values, attention.gate
         self.value_projection = attention.value_projection
-        self.queries_and_keys = QueriesAndKeysReader(hooks, norms).queries_and_keys
-        self._attention = attention
         self.stream, self.last_block = cache(stream.stream), stream.last_block
         self.shows_final_stream = stream.shows_final_stream
+
+    def mlp(self, layer: int, name: str, written: Site) -> MLP | Experts | None:
+        """How the layer's neurons or experts write; see `MLPReader`."""
+        return MLPReader(self._hooks, self._norms).mlp(layer, name, written)
+
+    def mlp_in(self, layer: int, name: str = "mlp") -> MLPIn | ExpertsIn | None:
+        """How the layer's neurons or experts are made; see `MLPInReader`."""
+        return MLPInReader(self._hooks, self._norms).mlp_in(layer, name)
+
+    def queries_and_keys(self, layer: int) -> QueriesAndKeys:
+        """How the layer's scores come about; see `QueriesAndKeysReader`."""
+        return QueriesAndKeysReader(self._hooks, self._norms).queries_and_keys(layer)
 
     def values(self, layer: int, d_head: int) -> Values:
         """How the layer's values are made; see `values_of`."""
@@ -63,7 +71,7 @@ class ModelReader:
     @property
     def map_eps(self) -> float:
         """Machine epsilon of the stream, its norms, and the linear maps that were read so far."""
-        return max(self.machine_eps, self._attention.hooks.map_eps)
+        return max(self.machine_eps, self._hooks.map_eps)
 
     @cached_property
     def dtype(self) -> torch.dtype:
