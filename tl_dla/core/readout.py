@@ -129,8 +129,8 @@ class Readout:
         if self.is_identity:
             return x
         w = self.direction.to(x)
-        if w.shape[1] == 1 and x.ndim == 3:  # one direction for every position
-            return x @ w[:, 0].mT
+        if w.shape[1] == 1 and w.ndim == 4:  # one direction for every position
+            return torch.einsum("...bpd,btd->...bpt", x, w[:, 0])
         if w.shape[2] <= 4:  # few tokens: reads z as it lies, where einsum transposes it first
             return torch.linalg.vecdot(x.unsqueeze(2 - w.ndim), w)
         inner = "h" if w.ndim == 5 else ""
