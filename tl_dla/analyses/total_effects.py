@@ -231,6 +231,9 @@ def _tangent(
             felt = torch.autograd.grad(total, activations, retain_graph=True, allow_unused=True)
             for i, (x, g) in enumerate(zip(activations, felt, strict=True)):
                 _, site, n = places[i]
+                if site.shares is not None:
+                    why = "Heads and neurons have no gradients one by one"
+                    site.shares.require_whole(x, why, 'lines="frozen" works.')
                 if g is None:
                     raise UnsupportedModelError(
                         f"No gradient of the logit reaches {site.name} of {reader.architecture};"

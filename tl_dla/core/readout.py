@@ -27,6 +27,7 @@ from torch import Tensor
 from tl_dla.errors import ArgumentError
 from tl_dla.model.hooks import product, upcast
 from tl_dla.model.norms import Norm
+from tl_dla.model.sharded import whole
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -106,7 +107,7 @@ class Readout:
         """Back through `y = x @ weight`: each place before the map gets `weight · direction`."""
         *place, d = weight.shape
         if self.is_identity:
-            eye = weight.to(self.direction).movedim(-1, 0)
+            eye = whole(weight).to(self.direction).movedim(-1, 0)
             return Readout(eye[None, None], self.norms, self.scale)
         direction = product(weight.reshape(-1, d), self.direction)
         return replace(self, direction=direction.unflatten(-1, place))

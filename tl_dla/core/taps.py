@@ -26,6 +26,7 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
 from tl_dla.model.hooks import Site, alone_on
 from tl_dla.model.reader import ModelReader
+from tl_dla.model.sharded import require_same
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,16 @@ class Tap:
         """The part of an activation that is read; `start` says where the prompts begin in it."""
         if self.heads_first:
             x = x.transpose(1, 2)
+        shares = self.site.shares
+        x = self._taken(x, positions, start)
+        if shares is None:
+            return x
+        # Last, so that between the processes go the positions that are read alone.
+        return shares.whole(x, 3 - shares.axis if self.heads_first else shares.axis)
+
+    def _taken(
+        self, x: Shaped[Tensor, "batch ..."], positions: Positions, start: Tensor | None
+    ) -> Shaped[Tensor, "batch ..."]:
         if self.whole:
             if start is None:
                 return x
@@ -164,6 +175,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
     reading, raw = Reading(), list[Tensor]()
     tokens = prompts.packed
     _require_alike(model, query)
+    require_same(model, tokens, positions.index, query.targets.ids)
     by_site, mine = _by_site(taps), threading.get_ident()
     # Read where the unembedding still sees every position, before those asked for are taken.
     end = by_site.pop("unembed.hook_in", [])
@@ -183,7 +195,7 @@ def forward(query: Query, taps: Sequence[Tap], *, logits: bool = True) -> Kept:
                     if tap.whole or tap.keys:
                         reading.read(tap, tap.of(x, positions))
                         continue
-                    taken = _now(positions.take(x)) if taken is None else taken
+                    taken = _now(tap.of(x, positions)) if taken is None else taken
                     reading.read(tap, taken)
 
         return read
@@ -299,7 +311,7 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
                 if tap.whole or tap.keys:
                     reading.read(tap, tap.of(x, positions, begins))
                 else:
-                    taken = positions.take(x, begins) if taken is None else taken
+                    taken = tap.of(x, positions, begins) if taken is None else taken
                     reading.read(tap, taken)
         return Kept(reading.end())
 

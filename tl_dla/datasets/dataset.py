@@ -41,6 +41,7 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
 from tl_dla.inputs.targets import read_targets
 from tl_dla.inputs.tokens import read_prompts
+from tl_dla.model.sharded import are_sharded
 
 
 def attribute_dataset(
@@ -92,7 +93,8 @@ def attribute_dataset(
 
     Raises:
         OutputFolderError: where `out` holds something else, another run, or damaged shards.
-        ArgumentError: for arguments that do not fit; for a field nearly named as one that is read,
+        ArgumentError: for arguments that do not fit; for a model that processes share out; for a
+            field nearly named as one that is read,
             or incorrect answers in some examples only; where no example could be attributed.
         ReconstructionError: where no example of the first batch passes its certificate.
         TlDlaError: with `on_error="raise"`, the error of the first bad example.
@@ -124,6 +126,11 @@ def attribute_dataset(
     options: dict[str, Any] = {"unit": unit, "include_bias": include_bias}
     read: dict[str, Any] = {"pos": pos, "prepend_bos": prepend_bos}
     model = require_model(model)
+    if are_sharded(model):
+        raise ArgumentError(
+            "attribute_dataset deals its batches out to the processes, and those that share this"
+            " model out must all run each batch: call direct_logit_attribution batch by batch."
+        )
     manifest = make_manifest(model, **options, **read, check=check)
     require_eval(model)
     process, processes = _join(model)

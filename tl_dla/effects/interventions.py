@@ -222,6 +222,12 @@ def _pinned(result: Attribution) -> Selection:
     return replace(result.selection, top_neurons=None, neurons=tuple(neurons))
 
 
+_NO_PARTS = (
+    "Heads and neurons cannot be overwritten one by one",
+    "what a whole sublayer writes (0_attn_out, 0_mlp_out) can be.",
+)
+
+
 @contextmanager
 def editing(model: Any, edits: Sequence[Edit], query: Query) -> Iterator[None]:
     """The model with these edits: hooks added after it see the edited activations."""
@@ -239,6 +245,8 @@ def editing(model: Any, edits: Sequence[Edit], query: Query) -> Iterator[None]:
         shape, x = x.shape, x.reshape(batch, pos, -1).clone()
         for e in mine:
             rows = slice(e.start, e.start + len(e.mask))
+            if e.place.site.shares is not None:
+                e.place.site.shares.require_whole(x, *_NO_PARTS)
             columns = e.place.columns(x.shape[-1])
             old = x[rows, :, columns]
             value = torch.as_tensor(e.value).to(old)

@@ -17,6 +17,7 @@ import transformer_lens
 import transformers
 
 from tl_dla.errors import UnsupportedModelError
+from tl_dla.model.sharded import is_sharded, team
 
 DEMO = Path(__file__).parents[1] / "demo"  # the bundled model, as save_pretrained writes it
 HAS_BRIDGE = util.find_spec("transformer_lens.model_bridge") is not None
@@ -49,15 +50,19 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
 
     Raises:
         UnsupportedModelError: for a model that TransformerLens 2 does not know, and for one whose
-            quantised weights TransformerLens would have to split.
+            quantised weights, or weights that processes share out, TransformerLens would have to
+            split.
     """
     name, options = model.name_or_path, dict(hf_model=model, tokenizer=tokenizer)
+    if team(model) is not None:
+        _share_bias(model.get_output_embeddings())
+    own = set(model.parameters())
     with quietly():
         if not HAS_BRIDGE and _is_known_to_hooked_transformer(name):
             return boot_hooked(name, device=device, dtype=dtype, **options).eval()
         options |= dict(device=device, dtype=dtype)
         try:
-            return bridge(name or type(model).__name__, **options).eval()
+            wrapped = bridge(name or type(model).__name__, **options).eval()
         except RuntimeError as error:  # it splits a joint weight of queries, keys and values
             if not getattr(model, "is_quantized", False):
                 raise
@@ -65,6 +70,23 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
                 f"TransformerLens cannot wrap this {type(model).__name__} with its weights kept"
                 f" quantised ({error}): pass hf_model.dequantize()."
             ) from error
+    if any(is_sharded(weight) and weight not in own for weight in wrapped.parameters()):
+        raise UnsupportedModelError(
+            f"TransformerLens splits joint weights of this {type(model).__name__}, which processes"
+            " share out, into others that it cannot run: load it whole, without tp_plan."
+        )
+    return wrapped
+
+
+def _share_bias(unembed: Any) -> None:
+    """Give an unembedding of which each process makes some logits alone a bias of 0.
+
+    TransformerLens gives one without a bias zeros for the whole vocabulary, in each process.
+    """
+    weight = getattr(unembed, "weight", None)
+    if is_sharded(weight) and getattr(unembed, "bias", None) is None:
+        zeros = torch.zeros_like(weight.detach()[:, 0])
+        unembed.bias = torch.nn.Parameter(zeros, requires_grad=False)
 
 
 def boot_demo(device: str | torch.device | None, dtype: torch.dtype) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_dla.model.hooks import Hooks, Site, class_name, parameter, unwrap
 from tl_dla.model.norms import Norm, NormReader
+from tl_dla.model.sharded import is_sharded, whole
 
 _OTHERS = 'unit="component" and unit="layer" work.'
 _HEADS_WORK = 'unit="head" works.'
@@ -91,8 +92,10 @@ class AttentionReader:
                 _OTHERS,
             )
         if self.hooks.is_bridge:
-            weight, bias = self.hooks.matrix(attn._modules["o"], f"{at}.o", 'unit="head"')
-            weight = weight.unflatten(0, (self._n_heads(attn, weight.shape[0]), -1))
+            weight, bias = self.hooks.matrix(
+                attn._modules["o"], f"{at}.o", 'unit="head"', in_parts=True
+            )
+            weight = by_head(weight, self.hooks.n_heads(unwrap(attn), weight.shape[0]))
         else:
             weight = self.hooks.stored(attn, "W_O", 'unit="head"')
             bias = parameter(attn, "b_O")
@@ -115,6 +118,8 @@ class AttentionReader:
             why = "clips its values"
         elif pattern is None or values is None:
             why = "does not show its values and its pattern (hook_v, hook_pattern)"
+        elif pattern.shares is not None and values.shares is None:
+            why = "does not show which of its values each process has"
         else:
             heads_first = self.hooks.is_bridge and "v" not in attn._modules
             return PatternAndValues(layer, values, pattern, heads_first, self._gate(at, inner))
@@ -129,11 +134,19 @@ class AttentionReader:
     def _gate(self, at: str, inner: Any) -> Gate | None:
         site = self.hooks.site(f"{at}.hook_q_gate") or self.hooks.site(f"{at}.gate.hook_out")
         norm = getattr(inner, "attn_sub_norm", None)
+        gate = None if site is None else Gate(site, None)
         if norm is not None:
             gamma = parameter(norm, "weight")
             site = Site(f"{at}.attn_sub_norm", norm)
-            return Gate(None, Norm(site.name, site, gamma, None, False, norm.variance_epsilon))
-        return None if site is None else Gate(site, None)
+            gate = Gate(None, Norm(site.name, site, gamma, None, False, norm.variance_epsilon))
+        pattern = self.hooks.site(f"{at}.hook_pattern")
+        if gate is not None and pattern is not None and pattern.shares is not None:
+            raise self.hooks.refusal(
+                f"What {at} in {{}} multiplies its heads' values by is not brought together from"
+                " the processes that share it out",
+                _HEADS_WORK,
+            )
+        return gate
 
     def value_projection(self, layer: int, d_head: int) -> ValueProjection:
         """How the layer's values come from its input."""
@@ -156,13 +169,14 @@ class AttentionReader:
             float(getattr(unwrap(block), "attention_in_multiplier", 1.0)),
         )
 
-    def _n_heads(self, attn: Any, width: int) -> int:
-        inner = unwrap(attn)
-        for name in ("v_head_dim", "head_dim"):
-            d_head = getattr(inner, name, None)
-            if isinstance(d_head, int) and d_head > 0 and width % d_head == 0:
-                return width // d_head
-        return int(self.model.cfg.n_heads)
+
+def by_head(
+    weight: Float[Tensor, "head_d_head d_model"], n: int
+) -> Float[Tensor, "head d_head d_model"]:
+    """W_O head by head, in the parts that processes hold where these are of whole heads."""
+    if is_sharded(weight) and n % weight.device_mesh.size() != 0:
+        weight = whole(weight)
+    return weight.unflatten(0, (n, -1))
 
 
 def block_scale(block: Any) -> float:

@@ -5,6 +5,7 @@ their modules. Every reader of a part holds a `Hooks`.
 """
 
 import copy
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
+from tl_dla.model.sharded import (
+    Shares,
+    is_sharded,
+    product_of_parts,
+    shares,
+    team,
+    whole,
+)
 
 _ROWS_AT_ONCE = 1024  # of a quantised weight
 _BLOCK = 2**18  # numbers of a weight, widened at once: 1 MiB, which stays in a core's cache
+# Where processes share a model out: what leads out of a sublayer, and which hooks show a part.
+_WAYS_OUT = ("o", "out", "dense_out")
+_BY_HEAD = ("hook_pattern", "hook_attn_scores")
+_VALUES = ("hook_v", "v.hook_out", "v_norm.hook_out")
 _FEW = 8  # directions, for which reading a weight is most of the work
 
 
@@ -29,12 +42,14 @@ class Site:
     """A place to read: a hook, or where there is none, what a module returns or is given.
 
     With `argument`, what the module is given under that keyword (which may be no tensor).
+    `shares` says how processes share out what is shown, where they do.
     """
 
     name: str
     module: nn.Module
     inputs: bool = False
     argument: str | None = None
+    shares: Shares | None = None
 
     @property
     def hooked(self) -> bool:
@@ -79,17 +94,49 @@ class Hooks:
     def site(self, name: str) -> Site | None:
         """The hook of that name or alias, under its own name; None where there is none."""
         hook = self.by_name.get(name)
-        return None if hook is None else Site(hook.name or name, hook)
+        if hook is None:
+            return None
+        name = hook.name or name
+        return Site(name, hook, shares=self._shares(name) if self._in_parts else None)
 
-    def matrix(self, module: Any, at: str, needed_for: str) -> tuple[Tensor, Tensor | None]:
+    @cached_property
+    def _in_parts(self) -> bool:
+        return team(self.model) is not None
+
+    def _shares(self, name: str) -> Shares | None:
+        """How processes share out what a hook shows: attention by heads, an MLP by neurons."""
+        found = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(.+)", name)
+        if found is None:
+            return None
+        layer, part, hook = int(found[1]), found[2], found[3]
+        modules = getattr(self.blocks[layer]._modules.get(part), "_modules", {})
+        out = next((modules[way] for way in _WAYS_OUT if way in modules), None)
+        if out is None:
+            return None
+        weight, _ = self.matrix(out, name, "A model that processes share out", in_parts=True)
+        if hook in _BY_HEAD:
+            n_heads = self.n_heads(unwrap(self.blocks[layer]._modules[part]), weight.shape[0])
+            return shares(weight, 1, False, n_heads, name)
+        if hook in _VALUES and "v" in modules:
+            return shares(weight, 2, True, int(unwrap(modules["v"]).out_features), name)
+        is_given = hook == "hook_z" or hook in [f"{way}.hook_in" for way in _WAYS_OUT]
+        return shares(weight, 2, True, weight.shape[0], name) if is_given else None
+
+    def matrix(
+        self, module: Any, at: str, needed_for: str, *, in_parts: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """A linear map's weight as `[in, out]`, and its bias.
+
+        With `in_parts` a weight that processes share out is left as they hold it, for `product`,
+        where they run each prompt together.
 
         Raises:
             UnsupportedModelError: where the weight is no matrix and the module does not say what it
                 maps; `needed_for` says what asked for it.
         """
         inner = unwrap(module)
-        weight, bias = parameter(inner, "weight"), parameter(inner, "bias")
+        in_parts = in_parts and self._in_parts
+        weight, bias = parameter(inner, "weight", in_parts=in_parts), parameter(inner, "bias")
         if is_packed(inner) and (own := own_map(inner, self.model)) is not None:
             self.map_eps = max(self.map_eps, own[1])
             return own[0], bias
@@ -100,6 +147,14 @@ class Hooks:
                 'unit="component" and unit="layer" work.',
             )
         return weight if class_name(inner) == "Conv1D" else weight.mT, bias
+
+    def n_heads(self, inner: Any, width: int) -> int:
+        """How many heads a wrapped attention has, whose mixed values are `width` wide together."""
+        for name in ("v_head_dim", "head_dim"):
+            d_head = getattr(inner, name, None)
+            if isinstance(d_head, int) and d_head > 0 and width % d_head == 0:
+                return width // d_head
+        return int(self.model.cfg.n_heads)
 
     def stored(self, module: Any, name: str, needed_for: str) -> Tensor:
         """A weight of a `HookedTransformer`, which stores its matrices by head.
@@ -146,11 +201,12 @@ def class_name(module: Any) -> str:
     return type(module).__name__
 
 
-def parameter(module: Any, name: str) -> Tensor | None:
+def parameter(module: Any, name: str, *, in_parts: bool = False) -> Tensor | None:
     """A weight or bias as it is used now.
 
-    Brought back from where `accelerate` offloaded it, and dequantised where a tensor class of its
-    own keeps it quantised (torchao).
+    Brought back from where `accelerate` offloaded it, dequantised where a tensor class of its own
+    keeps it quantised (torchao), and brought together where processes share it out, unless it is
+    read `in_parts`.
     """
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
@@ -160,7 +216,8 @@ def parameter(module: Any, name: str) -> Tensor | None:
 
         with align_module_device(unwrap(module)):
             value = getattr(unwrap(module), name).clone()
-    return (value.dequantize() if is_quantised(value) else value).detach()
+    value = (value.dequantize() if is_quantised(value) else value).detach()
+    return value if in_parts else whole(value)
 
 
 def is_quantised(weight: Any) -> bool:
@@ -211,6 +268,8 @@ def product(
     Reading the weight is most of the work where few tokens are attributed: it is read as it lies,
     and where it is stored in a narrower dtype, widened block by block, never as a whole.
     """
+    if is_sharded(weight):
+        return product_of_parts(weight, directions, product)
     (n_places, d), lead = weight.shape, directions.shape[:-1]
     directions = directions.reshape(-1, d).to(weight.device)
     by_rows = weight.stride(-1) == 1  # `nn.Linear` stores [d, place]

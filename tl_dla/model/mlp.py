@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tl_dla.model.attention import block_scale
 from tl_dla.model.hooks import Hooks, Site, class_name, parameter, unwrap
 from tl_dla.model.norms import Norm, NormReader
+from tl_dla.model.sharded import shares
 
 _NEURONS = 'unit="neuron"'
 _OTHERS = 'unit="component" and unit="layer" work.'
@@ -79,9 +80,12 @@ class MLPReader:
         factor = block_scale(block) if name == "mlp" else 1.0
         if module is None:  # no hooks inside the block: the last linear map of the MLP itself
             found = [x for x in written.module.named_children() if isinstance(x[1], nn.Linear)]
-            last = Site(f"{written.name}.{found[-1][0]}", found[-1][1], inputs=True)
-            weight, bias = self.hooks.matrix(last.module, at, _NEURONS)
-            return MLP(layer, last, weight, bias, post_norm, factor)
+            name, module = f"{written.name}.{found[-1][0]}", found[-1][1]
+            weight, bias = self.hooks.matrix(module, at, _NEURONS, in_parts=True)
+            own = shares(weight, 2, True, weight.shape[0], name)
+            return MLP(
+                layer, Site(name, module, inputs=True, shares=own), weight, bias, post_norm, factor
+            )
         if not self.hooks.is_bridge and hasattr(module, "W_out"):
             bias, site = parameter(module, "b_out"), self.hooks.site(f"{at}.hook_post")
             assert site is not None
@@ -89,7 +93,9 @@ class MLPReader:
             return MLP(layer, site, weight, bias, post_norm, factor)
         for out in ("out", "dense_out"):
             if out in module._modules:
-                weight, bias = self.hooks.matrix(module._modules[out], f"{at}.{out}", _NEURONS)
+                weight, bias = self.hooks.matrix(
+                    module._modules[out], f"{at}.{out}", _NEURONS, in_parts=True
+                )
                 site = self.hooks.site(f"{at}.{out}.hook_in")
                 assert site is not None
                 down = float(getattr(unwrap(module), "down_multiplier", 1.0))

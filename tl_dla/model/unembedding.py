@@ -22,6 +22,7 @@ from tl_dla.model.hooks import (
     product,
     unwrap,
 )
+from tl_dla.model.sharded import is_sharded, rows_of, team
 from tl_dla.model.stream import Stream
 
 
@@ -34,8 +35,11 @@ def output_transform(model: Any, logits: Float[Tensor, "..."]) -> Float[Tensor, 
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
-def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
-    """W_U, dequantised where it is kept quantised, brought back where it is offloaded."""
+def unembed_matrix(model: Any, *, in_parts: bool = False) -> Float[Tensor, "d d_vocab"]:
+    """W_U, dequantised where it is kept quantised, brought back where it is offloaded.
+
+    With `in_parts` it is left as processes hold it that share it out and run each prompt together.
+    """
     inner = unwrap(model.unembed)
     stored = getattr(inner, "weight", None)
     if is_packed(inner):
@@ -46,8 +50,8 @@ def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
                 " matrix: keep it as it is where the model is quantised; no unit works."
             )
         return own[0]
-    if isinstance(stored, Tensor) and stored.is_meta:
-        weight = parameter(inner, "weight")
+    if isinstance(stored, Tensor) and (stored.is_meta or is_sharded(stored)):
+        weight = parameter(inner, "weight", in_parts=in_parts and team(model) is not None)
         assert weight is not None
         return weight.mT
     return model.W_U.detach()
@@ -56,7 +60,7 @@ def unembed_matrix(model: Any) -> Float[Tensor, "d d_vocab"]:
 def unembed_bias(model: Any) -> Float[Tensor, " d_vocab"] | None:
     """b_U, brought back where it is offloaded; None where the model has none, or only zeros."""
     bias = getattr(model, "b_U", None)
-    if bias is not None and bias.is_meta:
+    if bias is not None and (bias.is_meta or is_sharded(bias)):
         bias = parameter(unwrap(model.unembed), "bias")
     return None if bias is None or not bool(bias.any()) else bias.detach()
 
@@ -75,10 +79,10 @@ def unembedding(
 
     The bias is None where the model has none, or only zeros.
     """
-    W_U, b_U = unembed_matrix(model), unembed_bias(model)
+    W_U, b_U = unembed_matrix(model, in_parts=True), unembed_bias(model)
     dtype = compute_dtype(W_U.dtype)
     ids = ids.to(W_U.device)
-    columns = W_U.mT[ids].to(dtype)
+    columns = rows_of(W_U.mT, ids).to(dtype)
     if mean_of_vocab:
         every = columns.new_full((1, W_U.shape[1]), 1 / W_U.shape[1])
         mean = product(W_U, every).expand(*ids.shape[:2], 1, -1)
