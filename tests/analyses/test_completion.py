@@ -175,3 +175,13 @@ def test_options_of_generate_are_passed_on_and_what_does_not_fit_is_refused():
         attribute_completion(model, prompt, "w5", baseline="w7")
     with pytest.raises(TokenError, match="no chat template"):
         attribute_completion(model, [{"role": "user", "content": "w5"}])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [2, 2.5, [2.5], [None], {5}, b"w5", {"w5": 1}, iter([5])])
+def test_what_holds_no_tokens_in_order_is_refused(given):
+    model = load("gpt2")
+    with pytest.raises(TokenError, match=r"completion must be a text or token ids, as \[5, 9\]"):
+        attribute_completion(model, tokens()[0], given)
+    with pytest.raises(TokenError, match=r"answer must be a text or token ids, as \[5, 9\]"):
+        attribute_answer(model, tokens()[:1], given)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -350,6 +351,7 @@ def _answers(
     model: Any, given: Answer | Sequence[Answer], n: int, name: str
 ) -> list[Int[Tensor, " _"]]:
     """One answer's token ids per prompt."""
+    _require_ids(given, name)
     if isinstance(given, Tensor):
         if given.ndim not in (1, 2):
             raise TokenError(
@@ -357,7 +359,7 @@ def _answers(
                 f" prompt; it has shape {tuple(given.shape)}."
             )
         given = list(given) if given.ndim == 2 else given.tolist()
-    several = not isinstance(given, str) and not all(isinstance(x, int) for x in given)
+    several = not isinstance(given, str) and not all(isinstance(x, Integral) for x in given)
     if not (isinstance(given, str) or several) and len(given) == n > 1:
         raise TokenError(
             f"{given} may be one {name} of {n} tokens, or a token for each of the {n} prompts:"
@@ -366,10 +368,17 @@ def _answers(
     answers: list[Any] = list(given) if several else [given] * n
     if len(answers) != n:
         raise TokenError(f"{len(answers)} {name}s were given for {n} prompts: give one for each.")
+    for answer in answers:
+        _require_ids(answer, name)
     ids = [_ids(model, x) for x in answers]
     if any(len(x) == 0 for x in ids):
         raise TokenError(f"The {name} is no token: give one token or more.")
     return ids
+
+
+def _require_ids(given: Any, name: str) -> None:
+    if isinstance(given, bytes) or not isinstance(given, str | Tensor | Sequence):
+        raise TokenError(f"The {name} must be a text or token ids, as [5, 9]; {given!r} was given.")
 
 
 def _ids(model: Any, answer: Answer) -> Int[Tensor, " token"]:
