@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 MODELS = ("gpt2-size", "smollm2")
 LLAMA = "llama-1b"  # 1.2 billion random parameters in bfloat16, as published: not folded
+LARGER = "llama-2b"  # 2 billion, for several processes to share out
 
 logging.disable_progress_bar()
 
@@ -20,7 +21,7 @@ def boot(name: str) -> Any:
     if name == "gpt2-size":
         return random_gpt2()
     if name == LLAMA:
-        return _booted(_saved(name, _llama(), torch.bfloat16), torch.bfloat16)
+        return _booted(_saved(name, _llama(16), torch.bfloat16), torch.bfloat16)
     from tl_dla import load_model
 
     return _folded(load_model(name))
@@ -34,12 +35,17 @@ def random_gpt2(**sizes: int) -> Any:
     return _folded(_booted(_saved(name, config, torch.float32), torch.float32))
 
 
-def _llama() -> Any:
+def larger() -> Path:
+    """The folder of the larger llama."""
+    return _saved(LARGER, _llama(28), torch.bfloat16)
+
+
+def _llama(n_layers: int) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
-        num_hidden_layers=16,
+        num_hidden_layers=n_layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         tie_word_embeddings=True,

@@ -5,66 +5,19 @@
 The tables of sizes are computed; those that say "measured" are measured when this runs.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from tests.benchmarks.models import LLAMA, boot
+from tests.benchmarks.sharded import table
+from tests.benchmarks.size import UNITS, Size, handed_over, kept, readable
 from tests.benchmarks.timing import inputs
 from tl_dla import direct_logit_attribution
 from tl_dla.core.saved import nbytes
-
-UNITS = ("component", "head", "source", "neuron")
-
-
-@dataclass(frozen=True)
-class Size:
-    """A decoder with gated MLPs, and how many bytes a number of its weights takes."""
-
-    layers: int
-    d: int
-    heads: int
-    d_head: int
-    d_mlp: int
-    vocab: int
-    width: int
-
-    @staticmethod
-    def of(model: Any, width: int) -> "Size":
-        """That of a model."""
-        c = model.cfg
-        return Size(c.n_layers, c.d_model, c.n_heads, c.d_head, c.d_mlp, c.d_vocab, width)
-
-    def weights(self, unit: str, tokens: int) -> int:
-        """Bytes of weights that a call reads, whatever the number of its prompts."""
-        places = {"component": 0, "neuron": self.d_mlp}.get(unit, self.heads * self.d_head)
-        return (self.layers * places + tokens) * self.d * self.width
-
-    def directions(self, unit: str, tokens: int) -> int:
-        """Bytes of pulled-back directions alive at once; each layer's lie where its weights lie."""
-        z = self.heads * self.d_head  # heads are pulled back one layer at a time
-        layers = {"component": 0, "head": z, "source": self.layers * z}
-        return tokens * (self.d + layers.get(unit, self.layers * self.d_mlp)) * 4
-
-    def rows(self, unit: str, length: int) -> int:
-        """How many rows there are for prompts of `length` tokens, biases left out."""
-        n = 1 + 2 * self.layers
-        if unit == "head":
-            return n - self.layers + self.layers * self.heads
-        if unit == "source":
-            return n - self.layers + self.layers * self.heads * length
-        return n if unit == "component" else n - self.layers + self.layers * self.d_mlp
 
 
 def moved(size: Size, tokens: int, devices: int) -> int:
     """Bytes that cross from each device to the next, the last one first: directions, no weights."""
     return (devices - 1) * tokens * size.d * 4
-
-
-def kept(size: Size, unit: str, length: int, places: int) -> int:
-    """Bytes that a result keeps: rows in float32 of the answer, of its foil and of both."""
-    return size.rows(unit, length) * places * 3 * 4
 
 
 def measured(name: str, width: int, batch: int, length: int) -> list[str]:
@@ -90,19 +43,12 @@ def planned(size: Size, devices: int, length: int) -> list[str]:
             size.weights(unit, 2),
             size.directions(unit, 2),
             moved(size, 2, devices),
+            handed_over(size, unit, length, 2, devices),
             kept(size, unit, length, 1),
             1_000_000 * size.rows(unit, length) * 4,
         )
         lines.append(f"| {unit} | {' | '.join(map(readable, numbers))} |")
     return lines
-
-
-def readable(n: float) -> str:
-    """Bytes, in the unit that shows three digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f} B"
 
 
 PAGE = """# Past this machine
@@ -122,6 +68,10 @@ and weights of w bytes a number, a call does beside the forward pass:
 
 - Activations are read where they are shown and not kept. A weight is read where it lies: from one
   device to the next goes the direction alone, 4 t · d bytes.
+- Of P processes that share the model out (tensor parallelism), each hands to the others t · d · w
+  bytes of columns of W_U, and a layer's (w + 4 t) · H · d_head / P for heads, (w + 4 t) · d_mlp / P
+  for neurons: its own heads' values or neurons at the position, and the directions pulled back to
+  them. Source tokens add n values and a row of each pattern. No weight is handed over.
 - A result keeps its rows token by token and added up: 12 bytes a row, prompt and position.
 - The mean of the vocabulary as a baseline reads W_U once more: V · d · w.
 - At all positions, rows × positions numbers are kept; nothing else grows with them.
@@ -138,32 +88,52 @@ question and its certificate too.
 
 What such calls take, beside a forward pass, is in `python -m tests.benchmarks.shapes`.
 
+## Two billion parameters, shared out over two processes
+
+A llama of 2 billion random parameters in bfloat16 (L = 28, d = 2,048), 1 × 128 tokens, the last
+position, an answer and a foil; two processes share it out by tensor parallelism and talk over gloo,
+a core each (`python -m tests.benchmarks.sharded` measures it again, in about a minute). What a
+process hands over is counted beyond a forward pass that unembeds the same position, which itself
+hands over {forward_bytes}. Times are over a plain forward pass, which took {forward_time}.
+
+| unit | rows, planned | rows | kept, planned | kept | handed over, planned | counted | time |
+|---|---|---|---|---|---|---|---|
+{shared}
+
 ## 70 billion parameters on eight devices
 
 Computed, not measured: L = 80, d = 8,192, 64 heads of 128, d_mlp = 28,672, bfloat16; a prompt of 64
-tokens, the last position. The last column is what a million prompts store in float32, uncompressed.
+tokens, the last position. The devices have ten layers each, and directions move from one to the
+next; or eight processes have a part of every layer, and each hands over what stands there. The
+last column is what a million prompts store in float32, uncompressed.
 
-| unit | weights read | directions | moved between devices | kept | a million prompts |
-|---|---|---|---|---|---|
+| unit | weights read | directions | moved | handed over | kept | a million prompts |
+|---|---|---|---|---|---|---|
 {planned}
 
 What limits first: the forward pass. It reads {all} of weights a batch, where heads read {o}
 more and neurons {mlp}; at 64 tokens it does {forward:.0e} operations a prompt, where heads do
 {flops:.0e}. For a million prompts, storage: heads fit on a disk, source tokens and neurons do not
-unless few rows are kept (`heads=`, `top_neurons=`). Models shared out over several processes were
-not measured.
+unless few rows are kept (`heads=`, `top_neurons=`). What processes hand over limits nothing: a
+forward pass alone hands over {reduced} a prompt in each.
 """
 
 
 def main() -> None:
     """Prints the page."""
+    *shared, forward = table()
+    forward_bytes, forward_time = forward.removeprefix("forward: ").split(", ")
     lines = [*measured("smollm2", 4, 4, 64), *measured(LLAMA, 2, 4, 64)]
-    large = Size(80, 8192, 64, 128, 28672, 128256, 2)
+    large = Size(80, 8192, 64, 8, 128, 28672, 128256, 2)
     heads, neurons = (readable(large.weights(unit, 0)) for unit in ("head", "neuron"))
     weights = 70e9
     flops = 2 * 2 * large.layers * large.heads * large.d_head * large.d
     text = PAGE.format(
         measured="\n".join(lines),
+        shared="\n".join(shared),
+        forward_bytes=forward_bytes,
+        forward_time=forward_time,
+        reduced=readable((2 * large.layers + 1) * 64 * large.d * large.width),
         planned="\n".join(planned(large, 8, 64)),
         o=heads,
         mlp=neurons,

@@ -22,7 +22,7 @@ from tl_dla.model.hooks import (
     product,
     unwrap,
 )
-from tl_dla.model.sharded import is_sharded, rows_of, team
+from tl_dla.model.sharded import is_sharded, rows_of, team, whole
 from tl_dla.model.stream import Stream
 
 
@@ -60,9 +60,9 @@ def unembed_matrix(model: Any, *, in_parts: bool = False) -> Float[Tensor, "d d_
 def unembed_bias(model: Any) -> Float[Tensor, " d_vocab"] | None:
     """b_U, brought back where it is offloaded; None where the model has none, or only zeros."""
     bias = getattr(model, "b_U", None)
-    if bias is not None and (bias.is_meta or is_sharded(bias)):
+    if bias is not None and bias.is_meta:
         bias = parameter(unwrap(model.unembed), "bias")
-    return None if bias is None or not bool(bias.any()) else bias.detach()
+    return None if bias is None or not bool(whole(bias.any())) else whole(bias.detach())
 
 
 def is_linear(model: Any) -> bool:
