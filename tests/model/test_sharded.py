@@ -20,7 +20,7 @@ pytestmark = of_4
 
 # Norms after each sublayer and biases everywhere; experts; W_QKV in one, which has to be split.
 # All have 97 tokens, which two processes cannot halve.
-SHARED = ["gemma3_bias-tp", "gemma3_bias-fsdp", "mixtral-tp", "phi3-tp"]
+SHARED = ["gemma3_bias-tp", "gemma3_bias-fsdp", "mixtral-tp", "phi3-tp", "gpt2-fsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,9 @@ def test_what_numbers_the_heads_of_the_whole_model_is_refused_by_name(found):
         assert 'lines="frozen" works' in refused["gradient"]
         assert "must all run each batch" in refused["dataset"]
         assert "give all of them the same" in refused["other prompts"]
-    for answers in found["phi3-tp"]:
-        assert "splits joint weights of this Phi3ForCausalLM" in answers["load"]
+    for name in ("phi3-tp", "gpt2-fsdp"):
+        for answers in found[name]:
+            assert "splits joint weights of this" in answers["load"]
 
 
 def test_under_fsdp_each_process_runs_prompts_of_its_own(found):

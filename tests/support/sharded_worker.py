@@ -82,7 +82,7 @@ def shared_out(folder: Path) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     model = load(folder).eval()
-    for block in model.model.layers:
+    for block in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
         fully_shard(block)
     return fully_shard(model)
 

@@ -17,7 +17,7 @@ import transformer_lens
 import transformers
 
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.model.sharded import is_sharded, team
+from tl_dla.model.sharded import are_sharded, is_sharded, team
 
 DEMO = Path(__file__).parents[1] / "demo"  # the bundled model, as save_pretrained writes it
 HAS_BRIDGE = util.find_spec("transformer_lens.model_bridge") is not None
@@ -64,6 +64,8 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
         try:
             wrapped = bridge(name or type(model).__name__, **options).eval()
         except RuntimeError as error:  # it splits a joint weight of queries, keys and values
+            if are_sharded(model):
+                raise _joint(model) from error
             if not getattr(model, "is_quantized", False):
                 raise
             raise UnsupportedModelError(
@@ -71,11 +73,15 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
                 f" quantised ({error}): pass hf_model.dequantize()."
             ) from error
     if any(is_sharded(weight) and weight not in own for weight in wrapped.parameters()):
-        raise UnsupportedModelError(
-            f"TransformerLens splits joint weights of this {type(model).__name__}, which processes"
-            " share out, into others that it cannot run: load it whole, without tp_plan."
-        )
+        raise _joint(model)
     return wrapped
+
+
+def _joint(model: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"TransformerLens splits joint weights of this {type(model).__name__}, which processes"
+        " share out, into others that it cannot run: load it whole in each process."
+    )
 
 
 def _share_bias(unembed: Any) -> None:
