@@ -13,7 +13,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
+from tests.support.models import load
+from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tests.zoo.configs import (
     BOOT_FAILS,
     BRIDGE_DIFFERS,
@@ -22,7 +23,7 @@ from tests.zoo.configs import (
     NATIVE,
     WITHOUT_ADAPTER,
 )
-from tests.zoo.hooked import HOOKED, hooked
+from tests.zoo.hooked import HOOKED
 from tests.zoo.reference import zoo_reference
 from tl_dla import UnsupportedModelError, direct_logit_attribution
 
@@ -57,8 +58,7 @@ WITHOUT_HEADS = {
 @cache
 def rows_of(name: str, unit: str):
     """Every position of both prompts of the zoo."""
-    model = hooked(name) if name in HOOKED else boot(name)
-    return direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, unit=unit, pos=None)
+    return direct_logit_attribution(load(name), tokens(), ANSWERS, INCORRECT, unit=unit, pos=None)
 
 
 @of_4

@@ -7,9 +7,9 @@ architectures in `test_neurons.py` and `test_sources.py`.
 import pytest
 
 from tests.model.test_architectures import BOOTS, REFUSED, WITHOUT_HEADS
-from tests.support.models import of_3, of_4
-from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
-from tests.zoo.hooked import HOOKED, hooked
+from tests.support.models import load, of_3, of_4
+from tests.zoo.build import ANSWERS, INCORRECT, tokens
+from tests.zoo.hooked import HOOKED
 from tl_dla import UnsupportedModelError, attribute_path, direct_logit_attribution
 
 NO_MLP = "no MLP"
@@ -36,10 +36,6 @@ ALL = [name for name in BOOTS if name not in REFUSED]
 pytestmark = pytest.mark.slow
 
 
-def model_of(name):
-    return hooked(name) if name in HOOKED else boot(name)
-
-
 def check(name, refused, attribute):
     """Certified, every refined row too; or one sentence that says what works."""
     if name in refused:
@@ -56,7 +52,7 @@ def check(name, refused, attribute):
 
 
 def check_units(name):
-    model = model_of(name)
+    model = load(name)
 
     def attribute(unit):
         options = dict(unit=unit, pos=None)
@@ -69,7 +65,7 @@ def check_units(name):
 
 
 def check_path(name):
-    model = model_of(name)
+    model = load(name)
     options = dict(unit="component", pos=[-1, 7])
     result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, **options)
     layers = [i for i in range(3) if f"L{i}H1" in heads_of(model)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.model.test_architectures import BOOTS, REFUSED
-from tests.support.models import of_4
-from tests.zoo.build import boot, tokens
+from tests.support.models import load, of_4
+from tests.zoo.build import tokens
 from tests.zoo.configs import CLASSES
 from tl_dla import UnsupportedModelError
 from tl_dla.model.mlp_in import ExpertsIn, MLPIn
@@ -39,7 +39,7 @@ def sublayers(reader):
 @cache
 def parts_of(name):
     """Each MLP's way in and way out, with the stream that it reads and what it makes of it."""
-    reader = ModelReader(boot(name))
+    reader = ModelReader(load(name))
     found, seen, handles = [], {}, []
 
     def keep(key, inputs=False):
@@ -107,7 +107,7 @@ def check_experts(way_in, way_out, x, made):
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "ernie4_5_moe", "afmoe", "glm4_moe"])
 def test_the_shared_expert_is_read_too(name):
     layers = {w.layer: (i, s) for w, i, _, s in parts_of(name) if isinstance(i, ExpertsIn)}
-    blocks = boot(name).blocks
+    blocks = load(name).blocks
     for layer, (way_in, seen) in layers.items():
         moe = blocks[layer].mlp.original_component
         shared = getattr(moe, "shared_experts", None) or moe.shared_expert
@@ -122,7 +122,7 @@ def test_the_shared_expert_is_read_too(name):
 
 @pytest.mark.parametrize("name", NOT_READ)
 def test_what_is_not_read_is_refused_by_name(name):
-    reader = ModelReader(boot(name))
+    reader = ModelReader(load(name))
     with pytest.raises(UnsupportedModelError, match=NOT_READ[name]) as error:
         for layer in range(reader.n_layers):
             reader.mlp_in(layer)
@@ -131,7 +131,7 @@ def test_what_is_not_read_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", NO_MLP)
 def test_a_block_without_an_mlp_has_no_way_in(name):
-    reader = ModelReader(boot(name))
+    reader = ModelReader(load(name))
     assert [reader.mlp_in(layer) for layer in range(reader.n_layers)] == [None] * reader.n_layers
 
 

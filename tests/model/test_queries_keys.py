@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.model.test_architectures import BOOTS, REFUSED
-from tests.support.models import of_4
-from tests.zoo.build import boot, tokens
+from tests.support.models import load, of_4
+from tests.zoo.build import tokens
 from tests.zoo.configs import CLASSES
 from tl_dla import UnsupportedModelError
 from tl_dla.model.hooks import Site
@@ -61,7 +61,7 @@ def kept(model, sites):
 @cache
 def layers_of(name):
     """Each layer's reading with what its places show."""
-    reader = ModelReader(boot(name))
+    reader = ModelReader(load(name))
     parts = {layer: reader.queries_and_keys(layer) for layer in attention_layers(reader)}
     sites = {}
     for layer, part in parts.items():
@@ -161,7 +161,7 @@ def test_rounding_is_felt_at_every_step():
 
 @pytest.mark.parametrize("name", NOT_READ)
 def test_what_is_not_read_is_refused_by_name(name):
-    reader = ModelReader(boot(name))
+    reader = ModelReader(load(name))
     with pytest.raises(UnsupportedModelError, match=NOT_READ[name]) as error:
         for layer in range(reader.n_layers):
             reader.queries_and_keys(layer)
@@ -171,7 +171,7 @@ def test_what_is_not_read_is_refused_by_name(name):
 @pytest.mark.parametrize("name", NO_ATTENTION)
 def test_a_layer_without_attention_has_no_scores(name):
     with pytest.raises(UnsupportedModelError, match="has no attention"):
-        ModelReader(boot(name)).queries_and_keys(0)
+        ModelReader(load(name)).queries_and_keys(0)
 
 
 def test_the_survey_of_scores():

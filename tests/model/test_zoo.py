@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from tests.support.models import load
 from tests.zoo.build import ANSWERS, INCORRECT, boot, build, hf_reference, native_reference, tokens
 from tests.zoo.configs import (
     BOOT_FAILS,
@@ -108,7 +109,7 @@ def test_reference_is_the_textbook_formula(name):
 @bridge_of_4
 @pytest.mark.parametrize("name", BOOTS)
 def test_bridge_computes_what_the_plain_model_computes(name):
-    bridge = boot(name)
+    bridge = load(name)
     if name in RUN_FAILS:
         with pytest.raises(RuntimeError, match="Original component not set"):
             bridge(tokens())
