@@ -56,6 +56,7 @@ def ask(browser, pages):
     yield open_page
     for page in opened:
         assert page.errors == [] and page.requests == []
+        page.close()
 
 
 def settle(page):

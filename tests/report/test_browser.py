@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.pages import NASTY, PROMPTS, bridge
@@ -49,6 +50,7 @@ def show(browser, tmp_path):
     yield open_page
     for page in opened:
         assert page.errors == [] and page.requests == []
+        page.close()
 
 
 def attribute(prompts=PROMPTS[0], answer="mat", incorrect="cat", **options):
@@ -230,11 +232,19 @@ def test_nothing_is_printed_over_anything_else(show, width):
         shown.append(direct_logit_attribution(bridge(), PROMPTS[0], **options))
     shown += [batch(unit="head").audit(k=6, progress=False), self_repair(shown[1], "L2H4")]
     shown += [attribute_inputs(bridge(), PROMPTS[0], "mat", "cat")]
-    for result in shown:
-        page = show(result.plot(width=width), width=width)
-        assert apart(page, words), result
-        assert inside(page, f"{words}, .legendtext", width), result
-        assert apart(page, ".ytick text, .y8tick text, .bars .point text"), result
+    drawn = [
+        result.plot(width=width).to_html(full_html=False, include_plotlyjs=False)
+        for result in shown
+    ]
+    divs = "".join(f'<div id="figure-{i}">{figure}</div>' for i, figure in enumerate(drawn))
+    page = show(notebook(f"<script>{get_plotlyjs()}</script>{divs}"), width=width)
+    page.wait(f"document.querySelectorAll('.cartesianlayer').length === {len(shown)}")
+    for i, result in enumerate(shown):
+        within = f"#figure-{i} :is"
+        assert boxes_of(page, f"{within}({words})"), result
+        assert apart(page, f"{within}({words})"), result
+        assert inside(page, f"{within}({words}, .legendtext)", width), result
+        assert apart(page, f"{within}(.ytick, .y8tick, .bars .point) text"), result
 
 
 def apart(page, selector):
@@ -261,13 +271,34 @@ def boxes_of(page, selector):
 # ---- the report --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    nasty = attribute(NASTY).report(folder / "nasty.html", k=2)
+    return {"nasty": nasty, "plain": attribute().report(folder / "plain.html")}
+
+
+@pytest.fixture
+def read(browser, reports):
+    """Open a report; nothing may be loaded, and the console must stay silent."""
+    opened = []
+
+    def open_report(name, **options):
+        page = browser.open(reports[name], **options)
+        page.wait("'drawn' in document.documentElement.dataset")
+        opened.append(page)
+        return page
+
+    yield open_report
+    for page in opened:
+        assert page.errors == [] and page.requests == []
+        page.close()
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (390, False)])
-def test_the_report_opens_alone(browser, tmp_path, width, dark):
-    path = attribute(NASTY).report(tmp_path / "report.html", k=2)
-    page = browser.open(path, width=width, dark=dark)
-    page.wait("'drawn' in document.documentElement.dataset")
+def test_the_report_opens_alone(read, width, dark):
+    page = read("nasty", width=width, dark=dark)
     page.wait("document.querySelectorAll('.attention *').length > 20")
-    assert page.errors == [] and page.requests == []
     components, heads = attribute(NASTY), attribute(NASTY, unit="head")
     assert page.count(f"#figure-0 {BARS}") == len(components) + 1
     assert page.count(f"#figure-1 {BARS}") == len(heads) - 15 + 1
@@ -287,9 +318,8 @@ def test_the_report_opens_alone(browser, tmp_path, width, dark):
     assert ink == ("rgb(223, 227, 234)" if dark else "rgb(35, 39, 46)")
 
 
-def test_no_control_opens_a_connection_or_a_window(browser, tmp_path):
-    page = browser.open(attribute().report(tmp_path / "report.html"))
-    page.wait("'drawn' in document.documentElement.dataset")
+def test_no_control_opens_a_connection_or_a_window(browser, read):
+    page = read("plain")
     before = len(browser.send("Target.getTargets")["targetInfos"])
     page.evaluate("window.opened = []; window.open = (...all) => { opened.push(all); return null }")
     pressed = page.evaluate(
@@ -301,7 +331,6 @@ def test_no_control_opens_a_connection_or_a_window(browser, tmp_path):
     assert page.count(".plotly-cloud-dialog-box") == 0
     assert page.evaluate("opened") == [] and page.count("a[href]") == 0
     assert len(browser.send("Target.getTargets")["targetInfos"]) == before
-    assert page.errors == [] and page.requests == []
 
 
 def test_a_figure_alone_cannot_be_sent_anywhere(show):
@@ -312,9 +341,8 @@ def test_a_figure_alone_cannot_be_sent_anywhere(show):
     assert any("PNG" in title for title in titles) and not any("hare" in title for title in titles)
 
 
-def test_the_report_follows_a_change_of_theme_and_prints_light(browser, tmp_path):
-    page = browser.open(attribute().report(tmp_path / "report.html"), dark=True)
-    page.wait("'drawn' in document.documentElement.dataset")
+def test_the_report_follows_a_change_of_theme_and_prints_light(read, tmp_path):
+    page = read("plain", dark=True)
     ink = "getComputedStyle(document.querySelector('#figure-0 .ytick text')).fill"
     assert page.evaluate(ink) == "rgb(223, 227, 234)"
     page.theme(dark=False)
@@ -330,7 +358,6 @@ def test_the_report_follows_a_change_of_theme_and_prints_light(browser, tmp_path
     kept = page.evaluate(f"{own}.map(e => [getComputedStyle(e).breakInside, e.offsetHeight])")
     # No figure or card is split across pages, and none is higher than what a page has room for.
     assert all(how == "avoid" and height < 977 for how, height in kept)
-    assert page.errors == [] and page.requests == []
 
 
 # ---- notebooks ---------------------------------------------------------------------------------

@@ -152,8 +152,8 @@ class Page:
         watched: bool = True,
     ) -> None:
         self._browser, self._url, self._width = browser, url.partition("#")[0], width
-        target = browser.send("Target.createTarget", url="about:blank")["targetId"]
-        attached = browser.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._target = browser.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser.send("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = attached["sessionId"]
         # A console that is watched notes where every script comes from, which takes its time.
         for domain in ("Page", "Network", *(("Runtime", "Log") if watched else ())):
@@ -235,6 +235,10 @@ class Page:
         """Move the mouse to a place of the window."""
         for step in (-2, -1, 0):
             self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
+
+    def close(self) -> None:
+        """A tab that is open takes its time, looked at or not."""
+        self._browser.send("Target.closeTarget", targetId=self._target)
 
     def pdf(self, path: Path | str) -> None:
         """The page as printed."""
