@@ -193,8 +193,8 @@ def test_user_text_is_shown_as_text(show):
     assert "%{x} $& <!--" in hover_cell(page, 2, 4)
 
 
-@pytest.fixture(scope="module")
-def large():
+@pytest.fixture
+def large(unchecked):
     """60 layers of 64 heads, a hundred prompts."""
     model = bridge(n_layers=60, n_heads=64, d_head=1)
     words = ["the", "cat", "dog", "sat", "mat", "on", "a"]
