@@ -48,7 +48,7 @@ class Tap:
     together: bool = False
 
     def of(
-        self, x: Shaped[Tensor, "batch ..."], positions: Positions, start: Tensor | None = None
+        self, x: Shaped[Tensor, "#batch ..."], positions: Positions, start: Tensor | None = None
     ) -> Shaped[Tensor, "batch ..."]:
         """The part of an activation that is read; `start` says where the prompts begin in it."""
         if self.heads_first:
@@ -61,7 +61,7 @@ class Tap:
         return shares.whole(x, 3 - shares.axis if self.heads_first else shares.axis)
 
     def _taken(
-        self, x: Shaped[Tensor, "batch ..."], positions: Positions, start: Tensor | None
+        self, x: Shaped[Tensor, "#batch ..."], positions: Positions, start: Tensor | None
     ) -> Shaped[Tensor, "batch ..."]:
         if self.whole:
             if start is None:
