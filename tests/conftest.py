@@ -2,13 +2,30 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: PyTorch would take all of them in each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _or_skipped(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test of real weights that are not installed is skipped, in the words of the error."""
+    from tl_dla.errors import ModelNotFoundError  # not before the shapes are checked
+
+    try:
+        return (yield)
+    except ModelNotFoundError as error:
+        if item.get_closest_marker("real"):
+            pytest.skip(str(error))
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_or_skipped)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_or_skipped)
 
 
 @pytest.fixture(autouse=True)

@@ -390,10 +390,7 @@ def test_the_demo_is_of_the_preferred_class():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_a_real_model_knows_where_the_eiffel_tower_is(name):
-    try:
-        model = load_model(name)
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    model = load_model(name)
     tokens = model.to_tokens("The Eiffel Tower is in the city of")
     assert tokens[0, 0] == model.tokenizer.bos_token_id
     assert model.to_string(model(tokens)[0, -1].argmax()) == " Paris"

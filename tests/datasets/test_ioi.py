@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tl_dla.datasets.ioi import NAMES, TEMPLATES, classic_prompts, ioi_prompts
-from tl_dla.errors import ModelNotFoundError, TokenError
+from tl_dla.errors import TokenError
 from tl_dla.loading import load_model
 
 
@@ -132,10 +132,7 @@ def test_the_classic_prompts_keep_the_pairs_that_a_tokenizer_has():
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_solves_the_task():
-    try:
-        model = load_model("smollm2")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    model = load_model("smollm2")
     classic = classic_prompts(model)
     assert len(classic) == 8
     solved = []

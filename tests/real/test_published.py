@@ -9,7 +9,6 @@ import torch
 from tests.support.models import of_4
 from tl_dla import direct_logit_attribution
 from tl_dla.datasets.ioi import classic_prompts
-from tl_dla.errors import ModelNotFoundError
 from tl_dla.loading import load_model
 
 HERE = Path(__file__).parent
@@ -51,10 +50,7 @@ def misses(case, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_rows_are_those_that_were_published(case):
-    try:
-        model = load_model(case["model"], device="cpu")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    model = load_model(case["model"], device="cpu")
     if case.get("folded"):  # heads without the bias of their values, as published
         model.enable_compatibility_mode(disable_warnings=True)
     assert not misses(case, model)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tl_dla import attribute_completion, direct_logit_attribution
-from tl_dla.errors import ModelNotFoundError
 from tl_dla.loading import load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -17,10 +16,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize("unit", ["component", "head"])
 def test_each_token_of_an_answer_has_the_rows_of_a_call_of_its_own(unit):
-    try:
-        model = load_model("smollm2", device="cpu")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    model = load_model("smollm2", device="cpu")
     found = attribute_completion(model, MESSAGES, max_new_tokens=6, unit=unit)
     [said] = found.answers
     text = model.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.real.test_real_models import IOI, loaded
+from tests.real.test_real_models import IOI
 from tests.support.frozen import rows_of
-from tl_dla import attribute_inputs
+from tl_dla import attribute_inputs, load_model
 from tl_dla.loading import gguf
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 @pytest.mark.parametrize("rule", ["half", "gate"])
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_tokens_are_what_autograd_finds_in_the_frozen_module(name, rule):
-    model = loaded(name)
+    model = load_model(name, device="cpu")
     result = attribute_inputs(model, IOI, " Mary", " John", mlp=rule)
     [folder] = (gguf.cache_folder() / "models").glob(f"{name}-*")
     options = dict(dtype=torch.float64, attn_implementation="eager")

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import TRANSFORMER_LENS, of_4
 from tl_dla import direct_logit_attribution
-from tl_dla.errors import ModelNotFoundError
 from tl_dla.loading import gguf, load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -23,13 +22,6 @@ EIFFEL = "The Eiffel Tower is in the city of"
 PROMPTS, ANSWERS, INCORRECT = [IOI, EIFFEL], [" Mary", " Paris"], [" John", " London"]
 UNITS = ["component", "layer", "head"]
 LAST = ["final_post", "ln_final.b", "b_U"]
-
-
-def loaded(name):
-    try:
-        return load_model(name, device="cpu")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def plain_logits(name):
@@ -54,21 +46,21 @@ def plain_logits(name):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    model = loaded("smollm2")
+    model = load_model("smollm2", device="cpu")
     return model, *plain_logits("smollm2")
 
 
 @pytest.fixture(scope="module")
 def folded(smollm2):
     """The same in compatibility mode: norms folded into the weights, unembedding centred."""
-    model = loaded("smollm2")
+    model = load_model("smollm2", device="cpu")
     model.enable_compatibility_mode(disable_warnings=True)
     return model
 
 
 @pytest.fixture(scope="module")
 def gemma3():
-    model = loaded("gemma3")
+    model = load_model("gemma3", device="cpu")
     return model, *plain_logits("gemma3")
 
 
@@ -189,7 +181,7 @@ def test_gemma3(gemma3):
 @of_4
 def test_gemma3_heads_of_transformer_lens_leave_out_the_norm_after_attention(gemma3):
     """Seen with TransformerLens 4.3.0: its layer 11 heads add up to 0.007, its attn_out is 5.48."""
-    model = loaded("gemma3")
+    model = load_model("gemma3", device="cpu")
     model.enable_compatibility_mode(disable_warnings=True)
     theirs = transformer_lens_own(model, IOI, " Mary", " John", unit="head")
     rows = dict(zip(theirs.labels, theirs.attribution[:, 0].tolist(), strict=True))

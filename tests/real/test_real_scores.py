@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.real.test_real_models import IOI, loaded
+from tests.real.test_real_models import IOI
 from tests.support.models import all_in_float64, of_4
 from tests.support.scores import score_reference
-from tl_dla import attribute_attention
+from tl_dla import attribute_attention, load_model
 from tl_dla.loading import gguf
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, of_4]
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, of_4]
     [("smollm2", 4, 3), ("smollm2", 20, 5), ("gemma3", 4, 1), ("gemma3", 5, 2)],
 )
 def test_rows_are_those_of_the_plain_module(name, layer, head):
-    model = loaded(name)
+    model = load_model(name, device="cpu")
     tokens = model.to_tokens(IOI)
     ours = attribute_attention(model, IOI, f"L{layer}H{head}", key=" Mary", versus=2, unit="head")
     [folder] = (gguf.cache_folder() / "models").glob(f"{name}-*")

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.gradients import gradients, inputs_of
 from tl_dla import attribute_answer, attribute_path, direct_logit_attribution, token_map
-from tl_dla.errors import ModelNotFoundError
 from tl_dla.loading import gguf, load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -21,10 +20,7 @@ both = pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 @functools.cache
 def loaded(name):
     """The model, and the plain module with its prompt's tokens and answers."""
-    try:
-        model = load_model(name, device="cpu")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    model = load_model(name, device="cpu")
     [folder] = (gguf.cache_folder() / "models").glob(f"{name}-*")
     plain = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, Browser, opening
 from tests.support.pages import NASTY, PROMPTS, bridge
 from tl_dla import attribute_attention, direct_logit_attribution
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
@@ -45,18 +45,14 @@ def candidates():
 
 @pytest.fixture
 def ask(browser, pages):
-    opened = []
+    with opening(browser) as open_page:
 
-    def open_page(name, address="", **options):
-        page = browser.open(pages[name], address=address, **options)
-        page.wait("'drawn' in document.documentElement.dataset")
-        opened.append(page)
-        return page
+        def drawn(name, address="", **options):
+            page = open_page(pages[name], address=address, **options)
+            page.wait("'drawn' in document.documentElement.dataset")
+            return page
 
-    yield open_page
-    for page in opened:
-        assert page.errors == [] and page.requests == []
-        page.close()
+        yield drawn
 
 
 def settle(page):

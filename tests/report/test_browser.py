@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, Browser, opening
 from tests.support.pages import NASTY, PROMPTS, bridge
 from tl_dla import attribute_inputs, direct_logit_attribution, self_repair
 from tl_dla.analyses.head_patterns import top_heads_with_patterns
@@ -32,25 +32,20 @@ def browser():
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Open a figure or a page; nothing may be loaded, and the console must stay silent."""
-    opened = []
+    """Open a figure or a page."""
+    path = tmp_path / "page.html"
+    with opening(browser) as open_page:
 
-    def open_page(shown, **options):
-        path = tmp_path / "page.html"
-        if isinstance(shown, str):
-            path.write_text(shown, encoding="utf-8")
-        else:
-            shown.write_html(path, include_plotlyjs=True)
-        page = browser.open(path, **options)
-        if not isinstance(shown, str):
+        def shown(what, **options):
+            if isinstance(what, str):
+                path.write_text(what, encoding="utf-8")
+                return open_page(path, **options)
+            what.write_html(path, include_plotlyjs=True)
+            page = open_page(path, **options)
             page.wait("document.querySelector('.cartesianlayer .subplot') !== null")
-        opened.append(page)
-        return page
+            return page
 
-    yield open_page
-    for page in opened:
-        assert page.errors == [] and page.requests == []
-        page.close()
+        yield shown
 
 
 def attribute(prompts=PROMPTS[0], answer="mat", incorrect="cat", **options):
@@ -280,19 +275,15 @@ def reports(tmp_path_factory):
 
 @pytest.fixture
 def read(browser, reports):
-    """Open a report; nothing may be loaded, and the console must stay silent."""
-    opened = []
+    """Open a report."""
+    with opening(browser) as open_page:
 
-    def open_report(name, **options):
-        page = browser.open(reports[name], **options)
-        page.wait("'drawn' in document.documentElement.dataset")
-        opened.append(page)
-        return page
+        def drawn(name, **options):
+            page = open_page(reports[name], **options)
+            page.wait("'drawn' in document.documentElement.dataset")
+            return page
 
-    yield open_report
-    for page in opened:
-        assert page.errors == [] and page.requests == []
-        page.close()
+        yield drawn
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (390, False)])

@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,18 @@ class Frame(Page):
         self._session = attached["sessionId"]
         for domain in ("Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+
+
+@contextmanager
+def opening(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens pages; in the end, none may have loaded anything or written to the console."""
+    opened: list[Page] = []
+
+    def open_page(path: Path | str, **options: Any) -> Page:
+        opened.append(browser.open(path, **options))
+        return opened[-1]
+
+    yield open_page
+    for page in opened:
+        assert page.errors == [] and page.requests == []
+        page.close()

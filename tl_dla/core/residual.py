@@ -4,10 +4,9 @@ Where the writes of a block do not explain how the stream changed, beyond what r
 the block gets a `_rest` row, so that nothing is missing from the total and nothing is hidden in it.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import FINAL, Rescale, ResidPoint, Step, StreamNorm, Write
 
 Steps = list[tuple[Step, Readout]]
-Shown = tuple[RowKey, Readout, Tensor]
+_Read = tuple[RowKey, Readout, Tensor]  # a row, and what its tap kept
 
 
 def pull_back(steps: Sequence[Step], readout: Readout) -> Steps:
@@ -93,7 +92,7 @@ class StreamTaps:
     def rows(self, reader: ModelReader, kept: ScaledKept) -> StreamRows:
         """What was written, block by block; what that misses is a `_rest` row."""
         additions = [0]
-        wrote, shown, sizes = list[Shown](), list[Shown](), list[Shown]()
+        wrote, shown, sizes = list[_Read](), list[_Read](), list[_Read]()
         blocks: list[int] = []  # of each write
         borders: list[ResidPoint] = []
         at: list[int] = []  # the borders, among the points
@@ -128,10 +127,11 @@ class StreamTaps:
         )
         missed = (~fine).flatten(1).any(1).tolist()
         rows: list[RowGroup] = []
-        each = zip(blocks, _groups(wrote, written), strict=True)
-        of_block = {n: [row for _, row in some] for n, some in groupby(each, itemgetter(0))}
+        of_block: dict[int, list[RowGroup]] = defaultdict(list)
+        for number, row in zip(blocks, _groups(wrote, written), strict=True):
+            of_block[number].append(row)
         for number, point in enumerate(borders):
-            mine = of_block.get(number, [])
+            mine = of_block[number]
             if missed[number]:
                 mine = self._with_rest(
                     reader, mine, number, point, after[number], rest[number], kept
@@ -166,11 +166,11 @@ class StreamTaps:
         return [*rows, RowGroup.one(key, rest)]
 
 
-def _groups(rows: Sequence[Shown], values: Float[Tensor, "row batch pos token"]) -> list[RowGroup]:
+def _groups(rows: Sequence[_Read], values: Float[Tensor, "row batch pos token"]) -> list[RowGroup]:
     return [RowGroup((key,), value) for (key, *_), value in zip(rows, values.split(1), strict=True)]
 
 
-def _scaled(rows: Sequence[Shown], kept: ScaledKept) -> Float[Tensor, "row batch pos token"]:
+def _scaled(rows: Sequence[_Read], kept: ScaledKept) -> Float[Tensor, "row batch pos token"]:
     """Divided by their scales; rows whose readouts share their norms, together."""
     together: dict[tuple[Norm, ...], list[int]] = {}
     for i, (_, readout, _) in enumerate(rows):

@@ -53,8 +53,7 @@ class Tap:
         """The part of an activation that is read; `start` says where the prompts begin in it."""
         if self.heads_first:
             x = x.transpose(1, 2)
-        shares = self.site.shares
-        x = self._taken(x, positions, start)
+        x, shares = self._taken(x, positions, start), self.site.shares
         if shares is None:
             return x
         # Last, so that between the processes go the positions that are read alone.

@@ -94,8 +94,8 @@ def attribute_dataset(
     Raises:
         OutputFolderError: where `out` holds something else, another run, or damaged shards.
         ArgumentError: for arguments that do not fit; for a model that processes share out; for a
-            field nearly named as one that is read,
-            or incorrect answers in some examples only; where no example could be attributed.
+            field nearly named as one that is read, or incorrect answers in some examples only;
+            where no example could be attributed.
         ReconstructionError: where no example of the first batch passes its certificate.
         TlDlaError: with `on_error="raise"`, the error of the first bad example.
 
