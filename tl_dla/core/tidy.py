@@ -1,6 +1,6 @@
 """A result as a tidy table, and what is attributed, in words."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tl_dla.core.view import Shown
 from tl_dla.inputs.query import Query
@@ -10,14 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Tabled(Shown, Protocol):
-    """What has a table: what can be shown, and each row's source token."""
-
-    @property
-    def sources(self) -> list[int | None]: ...  # noqa: D102
-
-
-def dataframe(result: Tabled) -> "pd.DataFrame":
+def dataframe(result: Shown) -> "pd.DataFrame":
     """A line per row × prompt × position (× candidate); see `Attribution.to_dataframe`."""
     import numpy as np
     import pandas as pd

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
-from tl_dla.errors import ArgumentError
+from tl_dla.core.choice import read_choice
 from tl_dla.figures.view import Sample, View, Words
 from tl_dla.inputs.absent import AbsentModel
 from tl_dla.inputs.query import Query
@@ -64,18 +64,17 @@ def view_of(result: Shown, prompt: int | None = None, candidate: str | int | Non
     Raises:
         ArgumentError: for a prompt or candidate that the result does not have.
     """
+    chosen = read_choice(result.query, prompt, None, candidate)
     values = result.values.detach().cpu().double().numpy()
     logit = result.query.with_axes(result.logit[None])[0].detach().cpu().double().numpy()
     candidates = list(result.query.targets.candidates or [""])
-    if candidate is not None:
-        chosen = _candidate(candidates, candidate)
-        values, logit = values[..., [chosen]], logit[..., [chosen]]
-        candidates = [candidates[chosen]]
-    wanted = None if prompt is None else _prompt(result, prompt)
+    if chosen.candidate is not None:
+        values, logit = values[..., [chosen.candidate]], logit[..., [chosen.candidate]]
+        candidates = [candidates[chosen.candidate]]
     places = [
         (b, p)
         for b, p in result.query.positions.valid.nonzero().tolist()
-        if wanted is None or b == wanted
+        if chosen.prompt in (None, b)
     ]
     at = tuple(np.array(places).T)
     return View(
@@ -111,24 +110,6 @@ def _sources(result: Shown, prompts: set[int]) -> list[str]:
     tokens = [prompt_tokens(result, b) for b in sorted(prompts)]
     named = [{own[i] for own in tokens if i < len(own)} for i in range(n)]
     return [names.pop() if len(names) == 1 else str(i) for i, names in enumerate(named)]
-
-
-def _prompt(result: Shown, prompt: int) -> int:
-    n_prompts = len(result.query.prompts.tokens)
-    if not -n_prompts <= prompt < n_prompts:
-        raise ArgumentError(f"prompt must be one of the result's {n_prompts}; {prompt} was given.")
-    return prompt % n_prompts
-
-
-def _candidate(names: list[str], candidate: str | int) -> int:
-    if isinstance(candidate, int) and -len(names) <= candidate < len(names):
-        return candidate
-    if candidate in names:
-        return names.index(str(candidate))
-    raise ArgumentError(
-        f"candidate must be one of {', '.join(map(repr, names))}, or its index; {candidate!r} was"
-        " given."
-    )
 
 
 def _samples(result: Shown, places: list[tuple[int, int]]) -> list[Sample]:
