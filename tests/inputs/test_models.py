@@ -1,10 +1,12 @@
 """The model at hand: what may be passed as one, and what a run needs of it."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformer_lens.hook_points import HookPoint
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import either, load, of_4, words
@@ -19,7 +21,7 @@ from tl_dla import (
     load_model,
 )
 from tl_dla.errors import ArgumentError
-from tl_dla.inputs.models import require_model, scales_with_length
+from tl_dla.inputs.models import require_eval, require_model, scales_with_length
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +185,15 @@ def test_a_hooked_transformer_says_that_it_scales(name, option):
     model = load.__wrapped__(name)
     setattr(model.cfg, option, True)
     assert scales_with_length(model)
+
+
+def test_one_module_in_training_mode_is_enough_to_refuse():
+    model = copy.deepcopy(load("gpt2"))
+    require_eval(model)
+    modules = [x for x in model.modules() if not isinstance(x, HookPoint)]
+    assert len(modules) > 30
+    for module in modules:
+        module.training = True
+        with pytest.raises(ArgumentError, match="in training mode"):
+            require_eval(model)
+        module.training = False
