@@ -165,7 +165,7 @@ def run_ablated(
                 for i, name in enumerate(names)
                 for place, value in zip(places[name], values[name], strict=True)
             ]
-            tiled = result.query.tiled(len(names))
+            tiled = result.query.part(torch.arange(batch).repeat(len(names)))
 
             def within(rows: slice, edits: list[Edit] = edits, tiled: Query = tiled) -> Any:
                 mine = [part for edit in edits if (part := edit.part(rows)) is not None]

@@ -89,7 +89,7 @@ def without_weights(
     return AbsentModel(
         name_of(model),
         {key: value for key, value in numbers.items() if isinstance(value, int)},
-        _texts(getattr(model, "tokenizer", None), prompts, targets),
+        _texts(model.tokenizer, prompts, targets),
         reader.stream().writers,
         in_a_line(model),
     )

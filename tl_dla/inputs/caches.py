@@ -161,9 +161,7 @@ def _starts_differ(
     model: Any, cache: Any, name: str, prompts: Prompts
 ) -> Bool[Tensor, "batch pos"]:
     """Where the stream of the cache does not begin as the model begins it on these prompts."""
-    fresh = []
-
-    thread = threading.get_ident()
+    fresh, thread = [], threading.get_ident()
 
     def keep(activation: Tensor, **_: Any) -> None:
         if threading.get_ident() == thread:

@@ -4,6 +4,7 @@ They count the real tokens of each prompt: 0 is its first, -1 its last, whatever
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,12 +59,7 @@ class Positions:
         rows = zip(self.index, self.valid, strict=True)
         return torch.stack([index[valid][-1] for index, valid in rows])
 
-    def tiled(self, copies: int) -> "Positions":
-        """The positions of the prompts several times over."""
-        index, valid = self.index.repeat(copies, 1), self.valid.repeat(copies, 1)
-        return replace(self, index=index, valid=valid)
-
-    def part(self, rows: slice) -> "Positions":
+    def part(self, rows: slice | Int[Tensor, " row"]) -> "Positions":
         """The positions of some of the prompts."""
         return replace(self, index=self.index[rows], valid=self.valid[rows])
 
@@ -90,27 +86,16 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
         pos = pos.slice
     if isinstance(pos, tuple):
         pos = slice(*pos)
-    lengths = prompts.length.tolist()
     if pos is None:
         pos = slice(None)
+    lengths, single = prompts.length.tolist(), False
     if isinstance(pos, slice):
         rows = [list(range(n))[pos] for n in lengths]
         if not all(rows):
             raise TokenError(f"pos={pos!r} selects no position of prompt {rows.index([])}.")
-        single = False
     else:
-        try:
-            wanted = torch.as_tensor(pos)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
-            ) from error
-        if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.ndim > 1:
-            raise ArgumentError(
-                f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
-            )
-        single = wanted.ndim == 0
-        flat = wanted.reshape(-1).tolist()
+        wanted = _integers(pos)
+        single, flat = wanted.ndim == 0, wanted.reshape(-1).tolist()
         for row, n in enumerate(lengths):
             for p in flat:
                 if not -n <= p < n:
@@ -126,6 +111,17 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     every = isinstance(pos, slice) and pos == slice(None)
     shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
     return Positions(index, valid.to(device), single, every, shared)
+
+
+def _integers(pos: Any) -> Int[Tensor, "..."]:
+    """One integer, or a row of them."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        wanted = torch.as_tensor(pos)
+        if wanted.dtype != torch.bool and not wanted.is_floating_point() and wanted.ndim < 2:
+            return wanted
+    raise ArgumentError(
+        f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
+    )
 
 
 def read_places(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.inputs.absent import without_weights
@@ -50,22 +50,13 @@ class Query:
         own = {name: deepcopy(x, memo) for name, x in vars(self).items() if name != "model"}
         return Query(self.model, **own)
 
-    def part(self, rows: slice) -> "Query":
-        """The same of some of the prompts, padded as all of them are."""
+    def part(self, rows: slice | Int[Tensor, " row"]) -> "Query":
+        """The same of some of the prompts, once or several times, padded as all of them are."""
         return replace(
             self,
             prompts=self.prompts.part(rows),
             positions=self.positions.part(rows),
             targets=self.targets.part(rows),
-        )
-
-    def tiled(self, copies: int) -> "Query":
-        """The same of the prompts several times over."""
-        return replace(
-            self,
-            prompts=self.prompts.tiled(copies),
-            positions=self.positions.tiled(copies),
-            targets=self.targets.tiled(copies),
         )
 
     @property
@@ -78,7 +69,7 @@ class Query:
         x = torch.where(self.positions.valid.to(x.device)[..., None], x, torch.nan)
         x = x if self.targets.candidates is not None else x.squeeze(-1)
         axis = x.ndim - 1 - (self.targets.candidates is not None)
-        x = x.squeeze(axis) if self.positions.single else x
+        x = self.positions.squeeze(x, axis)
         return x if self.has_batch else x.squeeze(axis - 1)
 
     def with_axes(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row batch pos candidate"]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -49,12 +50,7 @@ class Targets:
             for i in starts
         ]
 
-    def tiled(self, copies: int) -> "Targets":
-        """The targets of the prompts several times over."""
-        alike = self.ids.shape[0] == 1
-        return self if alike else replace(self, ids=self.ids.repeat(copies, 1, 1))
-
-    def part(self, rows: slice) -> "Targets":
+    def part(self, rows: slice | Int[Tensor, " row"]) -> "Targets":
         """The targets of some of the prompts."""
         return self if self.ids.shape[0] == 1 else replace(self, ids=self.ids[rows])
 
@@ -101,8 +97,7 @@ def read_targets(
     if candidates is not None:
         if isinstance(candidates, str) and candidates == "all":
             candidates = torch.arange(strings.d_vocab)
-        one = isinstance(candidates, str | int)
-        ids = strings.ids([candidates] if one else candidates, "candidate_tokens").reshape(1, 1, -1)
+        ids = strings.ids(candidates, "candidate_tokens").reshape(1, 1, -1)
         names = tuple(token_strings(model, ids.flatten()))
     else:
         lone = strings.ids(answer)
@@ -126,20 +121,18 @@ def read_targets(
             f"incorrect_tokens is for at most {_MOST_WITH_BASELINE} candidates, and there are"
             f" {ids.shape[-1]}: attribute to them without it, and subtract the baseline's column."
         )
-    weights = torch.eye(1 if names is None else ids.shape[-1], dtype=torch.float64)
+    weights = torch.eye(ids.shape[-1], dtype=torch.float64)
     if mean:
         baseline = -torch.ones(len(weights), 1, dtype=torch.float64)
         return Targets(ids, torch.cat([weights, baseline], 1), names, mean_of_vocab=True)
     if wrong is None:
         return Targets(ids, weights, names)
-    per_position = ids.shape[1] > 1
-    wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=per_position)
-    k = wrong.shape[-1]
-    lead = [max(a, b) for a, b in zip(ids.shape[:2], wrong.shape[:2], strict=True)]
+    wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=ids.shape[1] > 1)
     if names is None:
         _question_same(model, ids, wrong)
+    k, lead = wrong.shape[-1], torch.broadcast_shapes(ids.shape[:2], wrong.shape[:2])
     ids = torch.cat([ids.expand(*lead, -1), wrong.expand(*lead, -1)], -1)
-    baseline = torch.full((len(weights), k), -1.0 / k, dtype=torch.float64)
+    baseline = torch.full((len(weights), k), -1 / k, dtype=torch.float64)
     return Targets(ids, torch.cat([weights, baseline], 1), names)
 
 
@@ -221,9 +214,8 @@ class _Strings:
     @property
     def d_vocab(self) -> int:
         """How many tokens there are logits of."""
-        cfg = self.model.cfg
-        d_vocab = getattr(cfg, "d_vocab_out", None) or cfg.d_vocab
-        return cfg.d_vocab if d_vocab < 1 else d_vocab
+        d_vocab_out = getattr(self.model.cfg, "d_vocab_out", None) or -1
+        return d_vocab_out if d_vocab_out > 0 else self.model.cfg.d_vocab
 
     def ids(self, tokens: Any, name: str = "Answers") -> Int[Tensor, "..."]:
         """The ids, on the model's device."""
@@ -243,9 +235,8 @@ class _Strings:
             return torch.tensor(self._single(tokens))
         if isinstance(tokens, Tensor):
             return tokens.detach()
-        tokens = (
-            tokens.tolist() if getattr(getattr(tokens, "dtype", 0), "kind", "") == "U" else tokens
-        )
+        if isinstance(tokens, np.ndarray) and tokens.dtype.kind == "U":
+            tokens = tokens.tolist()
         if isinstance(tokens, Sequence) and not isinstance(tokens, bytes):
             parts = [self._nested(token, name) for token in tokens]
             if not parts:

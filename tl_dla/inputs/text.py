@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from tl_dla.inputs.tokens import LOST, spelled_bytes, token_strings
+from tl_dla.inputs.tokens import LOST, spelled_bytes
 
 
 def text_of(model: Any, ids: Any) -> str:
     """Token ids as text, or as they are where the model has no tokenizer."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return " ".join(map(str, ids.tolist())) if tokenizer is None else tokenizer.decode(ids.tolist())
+    ids = ids.tolist()
+    return " ".join(map(str, ids)) if model.tokenizer is None else model.tokenizer.decode(ids)
 
 
 def pieces(model: Any, ids: Any) -> list[str]:
@@ -17,10 +17,9 @@ def pieces(model: Any, ids: Any) -> list[str]:
     A letter that several tokens spell stands at the last of them; those before it are bytes,
     written `⟨F0 9F⟩`.
     """
-    tokenizer: Any = getattr(model, "tokenizer", None)
+    tokenizer, ids = model.tokenizer, ids.tolist()
     if tokenizer is None:
-        return token_strings(model, ids)
-    ids = [int(i) for i in ids]
+        return list(map(str, ids))
     tokens = [tokenizer.decode([i]) for i in ids]
     start = 0
     while start < len(tokens):

@@ -7,7 +7,7 @@ cannot see the padding, so each prompt gives what it gives alone.
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -59,12 +59,7 @@ class Prompts:
         longest = self.width or int(self.length.max())
         return torch.arange(longest, device=self.length.device) < self.length[:, None]
 
-    def tiled(self, copies: int) -> "Prompts":
-        """The prompts several times over."""
-        tokens, start = self.tokens.repeat(copies, 1), self.start.repeat(copies)
-        return replace(self, tokens=tokens, start=start, length=self.length.repeat(copies))
-
-    def part(self, rows: slice) -> "Prompts":
+    def part(self, rows: slice | Int[Tensor, " row"]) -> "Prompts":
         """Some of the prompts, as wide as all of them."""
         tokens = self.packed
         start = torch.zeros_like(self.start)
@@ -182,16 +177,14 @@ def _question_spaces(model: Any, texts: Sequence[Any], rows: Sequence[Tensor]) -
 
 
 def _pad_id(model: Any) -> int:
-    tokenizer = getattr(model, "tokenizer", None)
-    return getattr(tokenizer, "pad_token_id", None) or 0
+    return getattr(model.tokenizer, "pad_token_id", None) or 0
 
 
 def require_tokenizer(model: Any, what: str) -> Any:
     """The model's tokenizer; an error that says what must be ids where it has none."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
+    if model.tokenizer is None:
         raise TokenError(f"The model has no tokenizer, so {what} must be given as token ids.")
-    return tokenizer
+    return model.tokenizer
 
 
 def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
@@ -242,9 +235,9 @@ def _token_rows(model: Any, tokens: Tensor) -> Int[Tensor, "batch pos"]:
 def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
     tokens = _token_rows(model, tokens)
     batch, pos = tokens.shape
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
-    if tokenizer is None or pad is None:
+    if pad is None:
         return Prompts(tokens, tokens.new_zeros(batch), tokens.new_full((batch,), pos))
     real = tokens != pad
     start, after = real.int().argmax(-1), real.flip(-1).int().argmax(-1)
@@ -290,17 +283,13 @@ def _check_prompts(model: Any, prompts: Prompts) -> None:
             f"A prompt has {longest} tokens, more than the model's context of {cfg.n_ctx}:"
             " shorten it."
         )
-    tokenizer = getattr(model, "tokenizer", None)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if tokenizer is not None and bos is not None and longest > 1:
-        first = tokens.gather(1, prompts.start[:, None])
-        second = tokens.gather(1, (prompts.start[:, None] + 1).clamp(max=tokens.shape[1] - 1))
-        doubled = ((first == bos) & (second == bos))[:, 0] & (prompts.length > 1)
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    if bos is not None and longest > 1:
+        doubled = (prompts.packed[:, :2] == bos).all(1) & (prompts.length > 1)
         if bool(doubled.any()):
             row = int(doubled.int().argmax())
-            raise TokenError(
-                f"Prompt {row} starts with two BOS tokens ({tokenizer.bos_token!r}): remove one."
-            )
+            bos = model.tokenizer.bos_token
+            raise TokenError(f"Prompt {row} starts with two BOS tokens ({bos!r}): remove one.")
 
 
 # ---- tokens as text ----------------------------------------------------------------------------
@@ -315,14 +304,11 @@ _BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b no
 
 def token_strings(model: Any, ids: Int[Tensor, " token"]) -> list[str]:
     """Each token as text, or as its bytes where it is no letter; its id without a tokenizer."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model.tokenizer
     if tokenizer is None:
-        return [str(int(i)) for i in ids]
-    texts = [tokenizer.decode([int(i)]) for i in ids]
-    return [
-        spelled_bytes(tokenizer, int(i)) if LOST in text else text
-        for i, text in zip(ids, texts, strict=True)
-    ]
+        return [str(i) for i in ids.tolist()]
+    decoded = [(i, tokenizer.decode([i])) for i in ids.tolist()]
+    return [spelled_bytes(tokenizer, i) if LOST in text else text for i, text in decoded]
 
 
 def spelled_bytes(tokenizer: Any, token: int) -> str:
