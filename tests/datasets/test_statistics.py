@@ -1,6 +1,7 @@
 """Sums over shards: exact, and the same numbers in every order; intervals: Student's own."""
 
 import math
+import time
 from fractions import Fraction
 
 import pytest
@@ -76,7 +77,16 @@ def test_a_row_that_some_examples_lack_is_zero_in_them():
     assert merged.labels == ("a", "rest", "other")
     values = torch.tensor([[1.0, 5, 0], [2, 7, 0], [3, 0, 0], [4, 0, 0], [5, 0, 9]])
     assert torch.equal(merged.high, Sums.of(merged.labels, values).high)
-    assert merged.select(["other"]).high[0].tolist() == [9.0]
+    assert merged.select(["other", "none"]).high[0].tolist() == [9.0, 0.0]
+
+
+def test_sums_over_every_neuron_merge_at_once():
+    labels = [f"L{layer}N{neuron}" for layer in range(12) for neuron in range(3072)]
+    part = Sums.of(labels, torch.ones(2, len(labels)))
+    start = time.perf_counter()
+    merged = Sums.merge([part, part, part])
+    assert time.perf_counter() - start < 2  # 0.05 s; a search of each label takes many seconds
+    assert merged.high[0].unique().tolist() == [6.0]
 
 
 def test_one_example_has_a_mean_and_no_spread():

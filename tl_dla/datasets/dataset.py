@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_dla.core.certificate import Reconstruction
+from tl_dla.core.certificate import Check, Reconstruction, require_check
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import run
 from tl_dla.datasets.examples import Batch, Example, Rejected, batches, share, windows
@@ -30,12 +29,7 @@ from tl_dla.datasets.manifest import make_manifest, read_manifest
 from tl_dla.datasets.shards import Folder, Line, RowNames, Shard, completed, stored
 from tl_dla.datasets.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
-from tl_dla.inputs.models import (
-    device_of,
-    require_eval,
-    require_model,
-    scales_with_length,
-)
+from tl_dla.inputs.models import device_of, require_eval, require_model, scales_with_length
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
@@ -54,7 +48,7 @@ def attribute_dataset(
     on_error: Literal["skip", "raise"] = "skip",
     pos: int = -1,
     include_bias: bool = True,
-    check: Literal["raise", "warn", "off"] = "raise",
+    check: Check = "raise",
     prepend_bos: bool | None = None,
     confidence: float = 0.95,
     progress: bool = True,
@@ -110,8 +104,7 @@ def attribute_dataset(
     require_unit(unit)
     if on_error not in ("skip", "raise"):
         raise ArgumentError(f'on_error must be "skip" or "raise"; {on_error!r} was given.')
-    if check not in ("raise", "warn", "off"):
-        raise ArgumentError(f'check must be "raise", "warn" or "off"; {check!r} was given.')
+    require_check(check)
     if not isinstance(pos, int) or isinstance(pos, bool):
         raise ArgumentError(f"pos must be one integer for a dataset; {pos!r} was given.")
     if batch_size < 1:
@@ -241,13 +234,13 @@ def _attribute_batch(
     model: Any, batch: Batch, unit: Unit, pos: int, include_bias: bool
 ) -> Attribution:
     """The attribution of the examples of one batch, not yet certified."""
-    tokens, mask = _pad([example.tokens for example in batch.examples], device_of(model))
-    incorrect = [[example.incorrect] for example in batch.examples]  # [batch, pos, several]
-    prompts = read_prompts(model, tokens, attention_mask=mask)
+    examples = batch.examples
+    prompts = read_prompts(model, [example.tokens for example in examples])
     positions = read_positions(pos, prompts)
-    answers = torch.tensor([example.answer for example in batch.examples])
-    wrong = torch.tensor(incorrect) if incorrect[0][0] else None
-    targets = read_targets(model, answers, wrong, None, len(tokens), positions)
+    answers = torch.tensor([example.answer for example in examples])
+    incorrect = torch.tensor([[example.incorrect] for example in examples])  # [batch, pos, several]
+    wrong = incorrect if incorrect.numel() else None
+    targets = read_targets(model, answers, wrong, None, len(examples), positions)
     query = Query(model, prompts, positions, targets, include_bias)
     return run(query, unit).result(Attribution)
 
@@ -299,35 +292,18 @@ def _compute(
 
 
 def _about(one: Example | Rejected) -> dict[str, Any]:
-    return {
-        "index": one.index,
-        "example": one.digest,
-        "group": one.group,
-        "prompt": one.prompt,
-    }
+    return dict(index=one.index, example=one.digest, group=one.group, prompt=one.prompt)
 
 
 def failures(reconstruction: Reconstruction) -> list[str | None]:
     """Why each prompt of a batch fails its certificate; None for those that pass."""
     reasons: list[str | None] = [None] * len(reconstruction.expected)
     for name, part in [("The rows", reconstruction), *reconstruction.parts.items()]:
-        for i, (got, want) in enumerate(
-            zip(part.reconstructed.tolist(), part.expected.tolist(), strict=True)
-        ):
-            tolerance = float(part.tolerance[i])
+        numbers = part.reconstructed, part.expected, part.tolerance
+        for i, (got, want, tolerance) in enumerate(zip(*map(Tensor.tolist, numbers), strict=True)):
             if reasons[i] is None and not abs(got - want) <= tolerance:  # NaN fails too
                 reasons[i] = (
                     f"{name} add up to {got:.6g}, but {part.against} is {want:.6g}, where rounding"
                     f" explains {tolerance:.1g}; check_model(model, tokens) shows where."
                 )
     return reasons
-
-
-def _pad(
-    rows: list[list[int]], device: torch.device
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Rows of different lengths as `[batch, pos]`, padded on the right, and which are real."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return tokens, mask

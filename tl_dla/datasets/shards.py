@@ -123,10 +123,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             _write(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         self.rows.mkdir(exist_ok=True)
-        self._held, self._start = (
-            _spans(self.path),
-            0,
-        )  # what earlier runs stored, and where to look
+        self._held, self._start = _spans(self.path), 0  # of earlier runs, and where to look
 
     def read(self, examples: Mapping[int, str]) -> Iterator[Shard]:
         """What is stored of these examples, given as their digests by index; each once.
@@ -147,10 +144,8 @@ class Folder:
             shard, about = read_shard(path)
             shard = shard.only(wanted)
             for line in shard.lines:
-                if (
-                    about["manifest"] != digest(self.manifest)
-                    or line.example != examples[line.index]
-                ):
+                other = about["manifest"] != digest(self.manifest)
+                if other or line.example != examples[line.index]:
                     raise OutputFolderError(
                         f"{path.name} in {str(self.path)!r} holds rows of another example"
                         f" {line.index}: give another folder, or the same examples in the same"

@@ -45,7 +45,7 @@ from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +78,17 @@ class Sums:
     def merge(parts: Sequence["Sums"]) -> "Sums":
         """The sums over all examples of all parts."""
         labels = tuple(dict.fromkeys(label for part in parts for label in part.labels))
-        highs, lows = [], []
-        for part in parts:
-            columns = [labels.index(label) for label in part.labels]
-            if columns == list(range(len(labels))):
-                highs.append(part.high)
-                lows.append(part.low)
-                continue
-            for target, source in ((highs, part.high), (lows, part.low)):
-                padded = source.new_zeros(source.shape[0], len(labels))
-                padded[:, columns] = source
-                target.append(padded)
+        parts = [part.select(labels) for part in parts]
         n = sum(part.n for part in parts)
-        return Sums(labels, n, *_add_up(torch.stack(highs), torch.stack(lows)))
+        high, low = torch.stack([p.high for p in parts]), torch.stack([p.low for p in parts])
+        return Sums(labels, n, *_add_up(high, low))
 
     def select(self, labels: Sequence[str]) -> "Sums":
-        """The sums of some labels, in the order given."""
-        columns = [self.labels.index(label) for label in labels]
-        return Sums(tuple(labels), self.n, self.high[:, columns], self.low[:, columns])
+        """The sums of these labels, in the order given: 0 for one that no example has."""
+        place = {label: i for i, label in enumerate(self.labels)}
+        columns = [place.get(label, -1) for label in labels]
+        high, low = (nn.functional.pad(x, (0, 1))[:, columns] for x in (self.high, self.low))
+        return Sums(tuple(labels), self.n, high, low)
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,10 +115,8 @@ class DatasetAttribution:
         return self._summary(self.labels.index(label))
 
     def _summary(self, row: int) -> RowSummary:
-        names = RowSummary._fields[1:]
-        return RowSummary(
-            self.labels[row], *(float(getattr(self.rows, name)[row]) for name in names)
-        )
+        numbers = (float(getattr(self.rows, name)[row]) for name in RowSummary._fields[1:])
+        return RowSummary(self.labels[row], *numbers)
 
     def top(
         self,
@@ -352,7 +350,6 @@ class Tally:
         kinds = [*self.names.kinds, *[unexplained] * len(rest)]
 
         def part(sums: Sums, **more: Any) -> DatasetAttribution:
-            sums = Sums.merge([Sums.of(labels, torch.zeros(0, len(labels))), sums])
             _, gross, net = sums.select(_EXTRA).high[0].tolist()
             return DatasetAttribution(
                 labels=labels,
