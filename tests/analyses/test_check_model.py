@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 import torch
 
+from tests.support.models import of_3, of_4
 from tests.zoo.build import boot, tokens
 from tests.zoo.hooked import hooked
 from tl_dla import UnsupportedModelError, check_model
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="the survey is of TransformerLens 4.3.0")
-of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
 
 
 @of_4

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 
 import pytest
 import torch
 
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.models import of_3, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, boot, hf_reference, tokens
 from tests.zoo.hooked import hooked
 from tl_dla import (
@@ -19,10 +19,6 @@ from tl_dla import (
 )
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionView
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="booted with TransformerLens 4")
-of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
 
 EXACT = """gpt2 llama gemma2 gemma3 gemma4_text olmo2 granite gptj bloom gpt_oss deepseek_v3 falcon
 openai_gpt qwen2 nemotron native_softcap qwen3_next bitnet laguna afmoe bamba""".split()

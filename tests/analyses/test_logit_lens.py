@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.models import of_3, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, boot, hf_reference, tokens
 from tests.zoo.hooked import hooked
 from tl_dla import (
@@ -20,10 +19,6 @@ from tl_dla import (
 from tl_dla.analyses.vocabulary import read_vocabulary
 from tl_dla.errors import ArgumentError
 from tl_dla.model.unembedding import Unembedding
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="booted with TransformerLens 4")
-of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
 
 # One for each way of reading the end of the stream: LayerNorm, RMSNorm, with an offset, without
 # weights, soft cap, multipliers, b_U, projection, no final norm (on the stream, or none at all), a

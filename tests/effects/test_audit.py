@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.models import of_3
 from tests.support.plain import (
     HEAD,
     attributed,
-    of_3,
 )
 from tests.zoo.build import (
     ANSWERS,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.models import of_4
 from tests.support.plain import (
     attributed,
-    of_4,
     plain,
     wrote,
 )

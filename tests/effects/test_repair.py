@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.models import of_4
 from tests.support.plain import (
     NAMES,
     at_last,
     attributed,
-    of_4,
     plain,
     replacing,
 )

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from importlib.metadata import version
 
 import pytest
 import torch
 
-from tests.support.models import load
+from tests.support.models import load, of_3, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tests.zoo.configs import (
     BOOT_FAILS,
@@ -26,10 +25,6 @@ from tests.zoo.configs import (
 from tests.zoo.hooked import HOOKED
 from tests.zoo.reference import zoo_reference
 from tl_dla import UnsupportedModelError, direct_logit_attribution
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="the survey is of TransformerLens 4.3.0")
-of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
 
 BOOTS = [name for name in CONFIGS | NATIVE if name not in WITHOUT_ADAPTER | BOOT_FAILS]
 

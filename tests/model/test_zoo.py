@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 
 import pytest
 import torch
 
-from tests.support.models import load
+from tests.support.models import TRANSFORMER_LENS, load, of_3, of_4
 from tests.zoo.build import ANSWERS, INCORRECT, boot, build, hf_reference, native_reference, tokens
 from tests.zoo.configs import (
     BOOT_FAILS,
@@ -20,12 +19,6 @@ from tests.zoo.configs import (
 )
 from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.reference import NO_REFERENCE, hf_logits, zoo_reference
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-bridge_of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="what boots is recorded for 4.3.0")
-hooked_of_3 = pytest.mark.skipif(
-    TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0"
-)
 
 # Attention that is not a sum over heads (a mixture of attention heads), or no attention at all.
 WITHOUT_HEADS = ["jetmoe", "falcon_mamba", "mamba", "mamba2", "rwkv", "rwkv_rescale", "zamba2"]
@@ -40,7 +33,7 @@ def test_reference_rows_add_up_to_the_logit(name):
     check_reference(name, has_heads=name not in WITHOUT_HEADS)
 
 
-@hooked_of_3
+@of_3
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooked_reference_rows_add_up_to_the_logit(name):
     check_reference(name, has_heads=True)
@@ -106,7 +99,7 @@ def test_reference_is_the_textbook_formula(name):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-@bridge_of_4
+@of_4
 @pytest.mark.parametrize("name", BOOTS)
 def test_bridge_computes_what_the_plain_model_computes(name):
     bridge = load(name)
@@ -122,7 +115,7 @@ def test_bridge_computes_what_the_plain_model_computes(name):
         assert error < 1e-5
 
 
-@bridge_of_4
+@of_4
 @pytest.mark.parametrize("name", [*WITHOUT_ADAPTER, *BOOT_FAILS])
 def test_what_does_not_boot_is_recorded(name):
     message = BOOT_FAILS.get(name, "Could not determine supported architecture")
@@ -130,7 +123,7 @@ def test_what_does_not_boot_is_recorded(name):
         boot(name)
 
 
-@hooked_of_3
+@of_3
 @pytest.mark.parametrize("name", HOOKED)
 def test_no_parameter_of_a_hooked_model_is_zero(name):
     assert all(parameter.abs().min() > 0 for parameter in hooked(name).parameters())

@@ -9,26 +9,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.build import (
-    ANSWERS,
-    INCORRECT,
-    boot,
-    hf_reference,
-    tokens,
-)
-from tl_dla import (
-    direct_logit_attribution,
-)
-
-TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
-of_4 = pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="the tool came with TransformerLens 4")
-of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
+from tests.support.models import of_4
+from tests.zoo.build import ANSWERS, INCORRECT, boot, hf_reference, tokens
+from tl_dla import direct_logit_attribution
 
 LAYER, HEAD, N_HEADS = 1, 2, 4
 # LayerNorm with biases; RMSNorm with grouped heads; norms behind sublayers, a soft cap; multipliers

@@ -109,10 +109,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_bias": ("Gemma3TextConfig", dict(**LLH, attention_bias=True)),
     "olmo2_bias": ("Olmo2Config", dict(**LL, attention_bias=True)),
     "granite_bias": ("GraniteConfig", dict(**LL, **GRANITE, attention_bias=True, mlp_bias=True)),
-    "granite_noscale": (
-        "GraniteConfig",
-        dict(**LL, logits_scaling=1.0, residual_multiplier=0.3, embedding_multiplier=5.0),
-    ),
+    "granite_noscale": ("GraniteConfig", LL | GRANITE | dict(logits_scaling=1.0)),
     "phi_mha": ("PhiConfig", MHA),
     "phi_qkln": ("PhiConfig", dict(**MHA, qk_layernorm=True)),
     "stablelm_par": (

@@ -56,22 +56,6 @@ def hf_logits(model: nn.Module, tokens: Tensor) -> Tensor:
         return _logits(model(tokens))
 
 
-def component_rows(
-    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
-) -> dict[str, Tensor]:
-    """What sublayers, embedding and biases write to the logit (difference), each `[batch]`."""
-    rows = reference(model, tokens, answer, incorrect).components
-    return {label: row[:, pos] for label, row in rows.items()}
-
-
-def head_rows(
-    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None, pos: int = -1
-) -> dict[str, Tensor]:
-    """The same with attention split by head; empty where attention is not a sum over heads."""
-    rows = reference(model, tokens, answer, incorrect).heads
-    return {label: row[:, pos] for label, row in rows.items()}
-
-
 def reference(
     model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None
 ) -> Reference:
