@@ -33,12 +33,10 @@ def measured(name: str, runs: int) -> dict[str, Any]:
     with torch.no_grad():
         differences = {unit: agree(model, unit) for unit in UNITS}
     cases = [case(model, inputs(model, BATCH, TOKENS), *wanted, runs) for wanted in CASES]
-    memory = {
-        f"{unit} {pos}": {
-            tool: above_forward(name, tool, unit, pos, BATCH, TOKENS) for tool in ("theirs", "ours")
-        }
-        for unit, pos in (("head", "all"), ("neuron", "last"))
-    }
+    memory = {}
+    for unit, pos in (("head", "all"), ("neuron", "last")):
+        options = dict(model=name, unit=unit, pos=pos, batch=BATCH, tokens=TOKENS)
+        memory[f"{unit} {pos}"] = {t: above_forward(t, **options) for t in ("theirs", "ours")}
     return {"model": name, "differences": differences, "cases": cases, "memory_mb": memory}
 
 

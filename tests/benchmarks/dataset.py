@@ -9,17 +9,16 @@ it can do with prompts of different lengths. The model is folded, because that t
 """
 
 import argparse
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from tests.benchmarks.memory import peak, print_peak
 from tl_dla import attribute_dataset, direct_logit_attribution, load_model
 from tl_dla.datasets.ioi import ioi_prompts
 
@@ -69,8 +68,8 @@ def throughput(model_name: str, prompts: int, batch_size: int) -> None:
         console.print(f"{name:<40} {rate(run, prompts):8.1f} prompts/s", highlight=False)
 
 
-def peak(prompts: int) -> None:
-    """Peak memory above that of the loaded model, of a stream of examples, stored."""
+def _print_peak(prompts: int) -> None:
+    """Of a stream of examples, stored."""
     from tests.zoo.build import boot
 
     torch.set_num_threads(1)
@@ -81,15 +80,10 @@ def peak(prompts: int) -> None:
             tokens = [3 + (i * j) % 90 for j in range(5 + i % 12)]
             yield {"prompt": tokens, "answer": 5, "incorrect": [7, 8], "group": str(i % 2)}
 
-    def used() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    attribute_dataset(model, list(stream())[:64], unit="head", progress=False)
-    before = used()
     out = tempfile.mkdtemp() + "/run"
-    attribute_dataset(model, stream(), unit="head", batch_size=16, out=out, progress=False)
-    grown = used() - before
-    console.print(f"{prompts:>7,} prompts: {grown:6.1f} MiB above the first 64", highlight=False)
+    options = dict(unit="head", batch_size=16, progress=False)
+    first = partial(attribute_dataset, model, list(stream())[:64], **options)
+    print_peak(first, partial(attribute_dataset, model, stream(), out=out, **options))
 
 
 def main() -> None:
@@ -101,11 +95,11 @@ def main() -> None:
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        peak(args.peak)
+        _print_peak(args.peak)
     elif args.memory:
         for prompts in (1_000, 10_000):
-            command = [sys.executable, "-m", "tests.benchmarks.dataset", "--peak", str(prompts)]
-            subprocess.run(command, check=True)
+            mb = peak("tests.benchmarks.dataset", "--peak", str(prompts))
+            print(f"{prompts:>7,} prompts: {mb} MB above the first 64")
     else:
         throughput(args.model, args.prompts, args.batch_size)
 

@@ -8,6 +8,7 @@ which has exponents of its own, is not in it.
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,36 +26,41 @@ SIZES: dict[str, list[int]] = {
 USUAL = {"layers": 8, "heads": 8, "positions": 256, "candidates": 1}
 
 
-def exponents(runs: int) -> dict[str, dict[str, Any]]:
-    """Seconds at each size, and the exponent, for each thing that can grow."""
-    return {what: _growth(what, sizes, runs) for what, sizes in SIZES.items()}
-
-
-def _growth(what: str, sizes: list[int], runs: int) -> dict[str, Any]:
-    times = [_seconds(USUAL | {what: size}, runs) for size in sizes]
-    return {"sizes": sizes, "seconds": times, "exponent": slope(sizes, times)}
-
-
-def _seconds(size: dict[str, int], runs: int) -> float:
-    model = random_gpt2(n_layer=size["layers"], n_head=size["heads"], n_embd=512, vocab_size=4000)
+def heads_from_cache(size: dict[str, int]) -> Callable[[], Any]:
+    """The call that is timed."""
+    model = sized(size)
     tokens = inputs(model, 4, size["positions"])["tokens"]
     candidates = torch.arange(100, 100 + size["candidates"])
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
-    run = lambda: direct_logit_attribution(  # noqa: E731
+    return lambda: direct_logit_attribution(
         model, None, candidate_tokens=candidates, unit="head", pos=None, cache=cache
     )
-    return medians(runs, run=run)["run"]
+
+
+def sized(size: dict[str, int]) -> Any:
+    """A GPT-2 of so many layers and heads."""
+    shape = dict(n_layer=size["layers"], n_head=size["heads"], n_embd=512, vocab_size=4000)
+    return random_gpt2(**shape)
+
+
+def print_growth(
+    call: Callable[[dict[str, int]], Callable[[], Any]],
+    usual: dict[str, int],
+    sizes: dict[str, list[int]],
+    runs: int,
+) -> None:
+    """Seconds of a call at each size, the others as usual, and the exponent of their growth."""
+    for what, values in sizes.items():
+        times = [medians(runs, run=call(usual | {what: n}))["run"] for n in values]
+        shown = ", ".join(f"{time:.2f} s" for time in times)
+        print(f"{what} {values}: {shown}; grows as n^{slope(values, times):.2f}")
 
 
 def slope(xs: list[int], ys: list[float]) -> float:
     """The exponent of growth: the least-squares slope of log y against log x."""
-    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mx, my = statistics.mean(lx), statistics.mean(ly)
-    top = sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True))
-    return top / sum((x - mx) ** 2 for x in lx)
+    return statistics.linear_regression(list(map(math.log, xs)), list(map(math.log, ys))).slope
 
 
 if __name__ == "__main__":
-    for what, found in exponents(runs=2).items():
-        print(f"{what} {found['sizes']}: cost grows as n^{found['exponent']:.2f}")
+    print_growth(heads_from_cache, USUAL, SIZES, runs=2)

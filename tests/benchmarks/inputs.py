@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tests.benchmarks.growth import slope
+from tests.benchmarks.growth import USUAL, print_growth, sized
 from tests.benchmarks.memory import peak, print_peak
-from tests.benchmarks.models import MODELS, boot, random_gpt2
+from tests.benchmarks.models import MODELS, boot
 from tests.benchmarks.timing import inputs, medians
 from tl_dla import attribute_inputs
 
@@ -30,11 +31,11 @@ def calls(model: Any, data: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
     def autograd(to_parameters: bool) -> None:
         model.requires_grad_(to_parameters)
-        hook = (
-            "hook_embed",
-            lambda x, hook: x if x.requires_grad else x.requires_grad_(True),
-        )
-        with torch.enable_grad(), model.hooks(fwd_hooks=[hook]):
+
+        def start(x: Tensor, hook: Any) -> Tensor:
+            return x if x.requires_grad else x.requires_grad_(True)
+
+        with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", start)]):
             last = model(tokens)[:, -1]
             difference = last[rows, data["answer"]] - last[rows, data["incorrect"]]
             difference.sum().backward()
@@ -54,19 +55,9 @@ def _print_peak(name: str, way: str) -> None:
     )
 
 
-def growth(runs: int) -> None:
-    """Seconds at each size, and the exponent with which they grow."""
-    sizes = {"positions": [64, 128, 256, 512], "layers": [4, 8, 16]}
-    for what, values in sizes.items():
-        times = []
-        for value in values:
-            size = {"positions": 128, "layers": 8} | {what: value}
-            shape = dict(n_layer=size["layers"], n_head=8, n_embd=512, vocab_size=4000)
-            model = random_gpt2(**shape)
-            data = inputs(model, 2, size["positions"])
-            times.append(medians(runs, run=calls(model, data)["ours"])["run"])
-        shown = ", ".join(f"{time:.2f} s" for time in times)
-        print(f"{what} {values}: {shown}; grows as n^{slope(values, times):.2f}")
+def _of_size(size: dict[str, int]) -> Callable[[], Any]:
+    model = sized(size)
+    return calls(model, inputs(model, 2, size["positions"]))["ours"]
 
 
 def main() -> None:
@@ -80,7 +71,8 @@ def main() -> None:
     if args.peak:
         return _print_peak(args.model, args.peak)
     if args.growth:
-        return growth(args.runs)
+        sizes = {"positions": [64, 128, 256, 512], "layers": [4, 8, 16]}
+        return print_growth(_of_size, USUAL | {"positions": 128}, sizes, args.runs)
     for name in [args.model] if args.model else MODELS:
         model = boot(name)
         times = medians(args.runs, **calls(model, inputs(model, BATCH, TOKENS)))

@@ -14,18 +14,15 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.models import MODELS, boot
+from tests.benchmarks.models import LLAMA, MODELS, boot
 from tests.benchmarks.timing import inputs, ours, theirs
 from tl_dla import attribute_completion
 
 TOOLS = ("forward", "ours", "theirs")
 
 
-def above_forward(
-    model: str, tool: str, unit: str, pos: str, batch: int, tokens: int
-) -> float | None:
+def above_forward(tool: str, **options: Any) -> float | None:
     """Peak memory of a tool above that of a plain forward pass, each in a process of its own."""
-    options = dict(model=model, unit=unit, pos=pos, batch=batch, tokens=tokens)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     peaks = [peak("tests.benchmarks.memory", "--tool", name, *words) for name in (tool, "forward")]
     return None if None in peaks else peaks[0] - peaks[1]
@@ -65,17 +62,17 @@ def _high_water_mark() -> float:
 def main() -> None:
     """Prints the peak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gpt2-size", choices=MODELS)
+    parser.add_argument("--model", default="gpt2-size", choices=(*MODELS, LLAMA))
     parser.add_argument("--tool", default="ours", choices=TOOLS)
     parser.add_argument("--unit", default="head")
     parser.add_argument("--pos", default="all", choices=["all", "last"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--baseline", default="foil", help="of ours: foil, mean, or 64 candidates")
     parser.add_argument("--completion", type=int, help="how many of the tokens are one, for ours")
     args = parser.parse_args()
     model = boot(args.model)
     data, pos = inputs(model, args.batch, args.tokens), None if args.pos == "all" else -1
-    tools = {"ours": ours, "theirs": theirs}
 
     def call() -> None:
         if args.tool == "forward":
@@ -83,8 +80,10 @@ def main() -> None:
         elif args.completion:
             prompt, said = data["tokens"][0].tensor_split([-args.completion])
             attribute_completion(model, prompt, said, unit=args.unit)
+        elif args.tool == "theirs":
+            theirs(model, data, args.unit, pos)
         else:
-            tools[args.tool](model, data, args.unit, pos)
+            ours(model, data, args.unit, pos, baseline=args.baseline)
 
     with torch.no_grad():
         print_peak(lambda: model(data["tokens"][:1, :8]), call)

@@ -26,7 +26,7 @@ from tl_dla.model.reader import ModelReader
 IOI = (
     "Then {b} and {a} went to the {place}. {b} gave {thing} to",
     "When {a} and {b} got {thing} at the {place}, {b} decided to give it to",
-)  # noqa: E501
+)
 NAMES = [("Mary", "John"), ("Tom", "James"), ("Sarah", "Paul"), ("Anna", "Peter")]
 PLACES = [("shop", "a drink"), ("park", "a ball"), ("station", "a ticket"), ("school", "a book")]
 PROMPTS: dict[str, list[tuple[str, str, str]]] = {

@@ -11,17 +11,17 @@ alternate; peak memory is that of a process of its own, above one that runs the 
 """
 
 import argparse
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.memory import peak, print_peak
+from tests.benchmarks.memory import above_forward
 from tests.benchmarks.models import LLAMA, boot
 from tests.benchmarks.results import kept, save
-from tests.benchmarks.timing import inputs, medians
-from tl_dla import direct_logit_attribution
+from tests.benchmarks.timing import inputs, medians, ours
 
 
 class Case(NamedTuple):
@@ -58,40 +58,16 @@ CASES = [
 ]
 
 
-def run(model: Any, data: dict[str, Any], case: Case) -> Any:
-    """The call."""
-    options: dict[str, Any] = {"answer_tokens": data["answer"]}
-    if case.baseline == "mean":
-        options["incorrect_tokens"] = "mean"
-    elif case.baseline == "foil":
-        options["incorrect_tokens"] = data["incorrect"]
-    else:
-        options = {"candidate_tokens": torch.arange(100, 100 + int(case.baseline))}
-    return direct_logit_attribution(model, data["tokens"], unit=case.unit, pos=case.pos, **options)
-
-
 @torch.no_grad()
 def over_forward(model: Any, cases: list[Case], runs: int) -> list[float]:
     """The time of each call of the same prompts, over that of a forward pass."""
     data = inputs(model, cases[0].batch, cases[0].tokens)
-    calls = {case.name: (lambda case=case: run(model, data, case)) for case in cases}
+    calls = {
+        case.name: partial(ours, model, data, case.unit, case.pos, baseline=case.baseline)
+        for case in cases
+    }
     times = medians(runs, forward=lambda: model(data["tokens"]), **calls)
     return [times[case.name] / times["forward"] for case in cases]
-
-
-def memory(index: int) -> float | None:
-    """Peak memory of a call in MB, above that of a forward pass."""
-    peaks = [peak("tests.benchmarks.shapes", "--peak", f"{index}{what}") for what in ("", "f")]
-    return None if None in peaks else peaks[0] - peaks[1]
-
-
-@torch.no_grad()
-def _print_peak(what: str) -> None:
-    case = CASES[int(what.rstrip("f"))]
-    model = boot(case.model)
-    data = inputs(model, case.batch, case.tokens)
-    forward, call = (lambda: model(data["tokens"])), (lambda: run(model, data, case))
-    print_peak(lambda: model(data["tokens"][:1, :8]), forward if what.endswith("f") else call)
 
 
 def main() -> None:
@@ -102,29 +78,25 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="of each, in two processes")
     parser.add_argument("--json", help="keep the numbers in this file")
     parser.add_argument("--against", help="such a file, of an earlier run")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        return _print_peak(args.peak)
     before, found = kept(args.against), dict[str, float]()
     columns = ["", "time over a forward pass", "peak MB above it", *(["before"] if before else [])]
     table = Table(*columns)
-    chosen = [(i, case) for i, case in enumerate(CASES) if args.model in (None, case.model)]
-    for name in dict.fromkeys(case.model for _, case in chosen):
+    chosen = [case for case in CASES if args.model in (None, case.model)]
+    for name in dict.fromkeys(case.model for case in chosen):
         model = boot(name)
-        mine = [(i, case) for i, case in chosen if case.model == name]
-        for size in dict.fromkeys((case.batch, case.tokens) for _, case in mine):
-            group = [(i, case) for i, case in mine if (case.batch, case.tokens) == size]
+        mine = [case for case in chosen if case.model == name]
+        for size in dict.fromkeys((case.batch, case.tokens) for case in mine):
+            group = [case for case in mine if (case.batch, case.tokens) == size]
             runs = max(1, args.runs if size[0] * size[1] < 2048 else args.runs // 2)
-            ratios = over_forward(model, [case for _, case in group], runs)
-            for (i, case), ratio in zip(group, ratios, strict=True):
-                mb = memory(i) if args.memory else None
-                old = before.get(case.name)
+            for case, ratio in zip(group, over_forward(model, group, runs), strict=True):
                 found[case.name] = ratio
+                options = case._asdict() | {"pos": "last" if case.pos == -1 else "all"}
+                mb = above_forward("ours", **options) if args.memory else None
                 shown = [f"{ratio:.2f}", "" if mb is None else f"{mb:.0f}"]
-                table.add_row(
-                    case.name, *shown, *(["" if old is None else f"{old:.2f}"] * bool(before))
-                )
+                old = before.get(case.name)
+                earlier = ["" if old is None else f"{old:.2f}"] if before else []
+                table.add_row(case.name, *shown, *earlier)
         del model
     Console(width=110).print(table)
     save(args.json, found)

@@ -23,12 +23,17 @@ def inputs(model: Any, batch: int, pos: int) -> dict[str, Any]:
     return {"tokens": tokens, "answer": answer, "incorrect": incorrect}
 
 
-def ours(model: Any, data: dict[str, Any], unit: str, pos: Any, cache: Any = None) -> Any:
-    """This package."""
+def ours(
+    model: Any, data: dict[str, Any], unit: str, pos: Any, cache: Any = None, baseline: str = "foil"
+) -> Any:
+    """This package: an answer against a foil or the mean, or so many candidates."""
     prompt = data["tokens"] if cache is None else None
-    return direct_logit_attribution(
-        model, prompt, data["answer"], data["incorrect"], unit=unit, pos=pos, cache=cache
-    )
+    answers = {"answer_tokens": data["answer"], "incorrect_tokens": data["incorrect"]}
+    if baseline == "mean":
+        answers["incorrect_tokens"] = "mean"
+    elif baseline != "foil":
+        answers = {"candidate_tokens": torch.arange(100, 100 + int(baseline))}
+    return direct_logit_attribution(model, prompt, unit=unit, pos=pos, cache=cache, **answers)
 
 
 def theirs(model: Any, data: dict[str, Any], unit: str, pos: Any, cache: Any = None) -> Any:
