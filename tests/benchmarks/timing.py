@@ -106,8 +106,8 @@ def least(model: Any, cache: Any, batch: int, unit: str, pos: Any) -> Callable[[
     for layer in range(reader.n_layers):
         if unit == "head" and (attention := reader.attention(layer)) is not None:
             weights.append(attention.W_O.flatten(0, 1))
-        if unit == "neuron" and (site := reader.site(f"blocks.{layer}.hook_mlp_out")) is not None:
-            weights.append(reader.mlp(layer, "mlp", site).W_out)
+        if unit == "neuron" and (mlp := reader.neurons(layer)) is not None:
+            weights.append(mlp.W_out)
     directions = torch.randn(2 * batch, weights[0].shape[1] if weights else 1)
 
     def read() -> None:

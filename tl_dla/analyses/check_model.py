@@ -144,9 +144,7 @@ def check_model(
     final = Tap(stream.points[-1].site, upcast)
     patterns = _pattern_taps(reader)
     scale = [] if norm is None else [Tap(norm.site, lambda x: norm.scale(upcast(x)))]
-    taps = [final, *patterns.values(), *scale]
-    for block in blocks:
-        taps += [*block.parts.taps] + ([] if block.before is None else [block.before])
+    taps = [final, *patterns.values(), *scale, *(tap for block in blocks for tap in block.taps)]
     kept = forward(Query(model, prompts, positions, NO_TARGETS), taps, logits=False)
 
     real = positions.valid
@@ -160,30 +158,29 @@ def check_model(
 
     found: list[Identity] = []
     for block in blocks:
-        known, total = block.parts.scaled(kept), torch.zeros_like(kept[final])
-        if block.before is not None:
-            total = known.scaled(block.start.contract(kept[block.before]), block.start)
-        for step, readout in block.parts.steps[:-1]:
-            wrote = None
-            if isinstance(step, Write):
-                wrote = known.scaled(kept[block.parts.stream.value[step]], readout)
+        known, total = block.scaled(kept), torch.zeros_like(kept[final])
+        for step, readout in block.steps[:-1]:
+            if isinstance(step, Write | ResidPoint):
+                added = known.scaled(kept[block.stream.value[step]], readout)
             elif isinstance(step, StreamNorm) and step.norm.beta is not None:
-                wrote = known.scaled(readout.of_bias(step.norm.beta), readout)
-            total = total if wrote is None else total + wrote
-            split = block.parts.splits.get(step)
-            if isinstance(split, HeadSplit) and isinstance(step, Write) and wrote is not None:
-                check = split.split(known, wrote).checks[0]
+                added = known.scaled(readout.of_bias(step.norm.beta), readout)
+            else:
+                continue
+            total = total + added
+            if isinstance(split := block.splits.get(step), HeadSplit):
+                check = split.split(known, added).checks[0]
                 name = f"{split.key.label} = heads + output bias"
-                found.append(identity(step.layer, name, check.parts, check.value))
-        point = block.parts.end
+                found.append(identity(split.layer, name, check.parts, check.value))
+        point = block.end
         assert isinstance(point, ResidPoint)
-        seen = kept[block.parts.stream.value[point]]
-        if block.before is None and is_multiple(total, seen, reader.machine_eps):
+        seen = kept[block.stream.value[point]]
+        if block is not blocks[0]:
+            name = f"{point.label} = stream before it + writes"
+            found.append(identity(point.layer - 1, name, total, seen))
+            continue
+        if is_multiple(total, seen, reader.machine_eps):
             total = seen
-        name = f"{point.label} = stream before it + writes"
-        layer = None if block.before is None else point.layer - 1
-        name = "0_pre = embeddings" if block.before is None else name
-        found.append(identity(layer, name, total, seen))
+        found.append(identity(None, "0_pre = embeddings", total, seen))
     logits = _call(model, prompts.packed)
     read = _read_out(reader, kept[final], kept[scale[0]] if scale else None)
     found.append(identity(None, "logits = unembedding of the stream", read, logits))
@@ -198,22 +195,7 @@ def check_model(
     return ModelCheck(reader.architecture, found, refusal)
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
-    """The steps between two borders of blocks, the second one read coordinate by coordinate.
-
-    Attributes:
-        parts: the steps and the end.
-        before: the stream at the first border; None for the start of the stream.
-        start: the readout of it.
-    """
-
-    parts: Decomposition
-    before: Tap | None
-    start: Readout
-
-
-def _blocks(reader: ModelReader) -> tuple[list[Block], str]:
+def _blocks(reader: ModelReader) -> tuple[list[Decomposition], str]:
     """Every block with its heads where the model shows them; and otherwise why not."""
     try:
         return list(_split(reader, "head")), ""
@@ -221,22 +203,18 @@ def _blocks(reader: ModelReader) -> tuple[list[Block], str]:
         return list(_split(reader, "component")), str(error)
 
 
-def _split(reader: ModelReader, unit: Unit) -> Iterator[Block]:
+def _split(reader: ModelReader, unit: Unit) -> Iterator[Decomposition]:
+    """The steps from one border of blocks to the next, where the stream is read as a vector."""
+    width = unembed_matrix(reader.model).new_empty(reader.model.cfg.d_model, 1)
     steps: list[Step] = []
-    before: ResidPoint | None = None
     for step in reader.stream().steps:
         if isinstance(step, ResidPoint) and not step.block:
             continue
         steps.append(step)
         if isinstance(step, ResidPoint):
-            width = unembed_matrix(reader.model).new_empty(reader.model.cfg.d_model, 1)
-            chain = steps if before is None else [before, *steps]
-            parts = Decomposition(
-                reader, chain, Readout.identity(width), [], unit, Selection(), whole=False
-            )
-            tap = None if before is None else Tap(before.site, upcast)
-            yield Block(parts, tap, parts.steps[0][1])
-            before, steps = step, []
+            end = Readout.identity(width)
+            yield Decomposition(reader, steps, end, [], unit, Selection(), whole=False)
+            steps = [step]
 
 
 def _read_out(

@@ -27,21 +27,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.comparable import require_comparable, sides
-from tl_dla.analyses.cross_terms import (
-    by_runs,
-    by_scales,
-    certified,
-    merged,
-    read_alike,
-    split,
-)
+from tl_dla.analyses.cross_terms import by_runs, by_scales, certified, read_alike, split
 from tl_dla.core.certificate import Check, Reconstruction, require_check
 from tl_dla.core.choice import read_choice
 from tl_dla.core.files import write_page
 from tl_dla.core.labelled import require_result
 from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
-from tl_dla.core.rows import Keyed, RowKey
+from tl_dla.core.rows import Keyed, RowKey, merged
 from tl_dla.core.saved import Savable
 from tl_dla.core.taps import exact
 from tl_dla.core.view import view_of

@@ -5,7 +5,6 @@ that both results hold, which is exact and needs no run. Else each model runs on
 other's readout pulled back through it.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from tl_dla.core.certificate import Reconstruction, Wanted, certify
 from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
 from tl_dla.core.final_readout import token_readout
 from tl_dla.core.result import Attribution
-from tl_dla.core.rows import RowKey
+from tl_dla.core.rows import RowKey, aligned
 from tl_dla.core.run import again, direct_unit, several_readings
 from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError
@@ -99,33 +98,6 @@ def _run(rows: Attribution, readout: Attribution, name: str) -> Crossed:
 
 
 # ---- rows --------------------------------------------------------------------------------------
-
-
-def merged(sides: Sequence[Sequence[RowKey]]) -> list[RowKey]:
-    """All rows, each after the one that it follows."""
-    merged = list(sides[0])
-    for keys in sides[1:]:
-        known, last = set(merged), None
-        after: dict[RowKey | None, list[RowKey]] = defaultdict(list)
-        for key in keys:
-            if key in known:
-                last = key
-            else:
-                after[last].append(key)
-        merged = [*after[None], *(one for key in merged for one in (key, *after[key]))]
-    return merged
-
-
-def aligned(
-    keys: Sequence[RowKey], values: Float[Tensor, " row *rest"], everything: Sequence[RowKey]
-) -> Float[Tensor, " all_rows *rest"]:
-    """The values under all rows; 0 where a side has none."""
-    if list(keys) == list(everything):
-        return values
-    place = {key: i for i, key in enumerate(everything)}
-    aligned = values.new_zeros(len(everything), *values.shape[1:])
-    aligned[[place[key] for key in keys]] = values
-    return aligned
 
 
 def added(keys: Sequence[RowKey]) -> list[int]:

@@ -20,9 +20,7 @@ from tl_dla.core.taps import Tap
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.selection import Selection
 from tl_dla.model.hooks import upcast
-from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import Write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,11 +149,10 @@ def neuron_curves(
     layers = {key.layer for key in result.keys if key.kind == "neuron"}
     layer = next(iter(layers)) if layer is None and len(layers) == 1 else layer
     rows = [i for i, key in enumerate(result.keys) if key.kind == "neuron" and key.layer == layer]
-    part = _mlp(ModelReader(result.model), layer) if rows and layer is not None else None
+    part = ModelReader(result.model).neurons(layer) if rows and layer is not None else None
     if part is None or len(rows) != len(part.W_out):
         raise ArgumentError(
-            "neuron_curves reads a layer whose neurons all have a row: attribute with"
-            f' unit="neuron",'
+            'neuron_curves reads a layer whose neurons all have a row: attribute with unit="neuron",'
             f" layers={layer if layer is not None else 3} and no top_neurons, and name the layer;"
             f" those of {sorted(x for x in layers if x is not None)} have rows here."
         )
@@ -172,12 +169,3 @@ def neuron_curves(
         rearrange(written, "sample neuron candidate -> neuron sample candidate"),
         list(result.targets.candidates or [result.target]),
     )
-
-
-def _mlp(reader: ModelReader, layer: int) -> MLP | None:
-    """How the layer's MLP writes; None for a mixture of experts, or none."""
-    for step in reader.stream().steps:
-        if isinstance(step, Write) and step.kind == "mlp" and step.layer == layer:
-            part = reader.mlp(layer, step.name.removesuffix("_out"), step.site)
-            return part if isinstance(part, MLP) else None
-    return None

@@ -258,11 +258,10 @@ def _place(reader: ModelReader, unit: EffectUnit, step: Write) -> tuple[Site, in
         return step.site, 1
     if step.layer is None:
         return None
-    name = step.name.removesuffix("_out")
     if unit == "head":
-        part = reader.attention(step.layer) if name == "attn" else None
+        part = reader.attention(step.layer) if step.name == "attn_out" else None
         return None if part is None else (part.site, part.W_O.shape[0])
-    mlp = reader.mlp(step.layer, name, step.site) if step.kind == "mlp" else None
+    mlp = reader.mlp(step)
     return (mlp.site, mlp.W_out.shape[0]) if isinstance(mlp, MLP) else None
 
 

@@ -125,9 +125,9 @@ class Decomposition:
 
     def _mlp(self, step: Write, readout: Readout) -> RowSplit | None:
         layer = step.layer
-        if step.kind != "mlp" or layer is None or not self.selection.has_layer(layer):
+        if layer is None or not self.selection.has_layer(layer):
             return None
-        part = self.reader.mlp(layer, step.name.removesuffix("_out"), step.site)
+        part = self.reader.mlp(step)
         if part is None:
             return None
         if isinstance(part, Experts):

@@ -1,5 +1,6 @@
 """Rows: what each part of the model wrote, under a typed key, and what splits one into others."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -240,24 +241,39 @@ class Rows:
 def _joined(parts: Sequence[list[RowGroup]]) -> list[RowGroup]:
     """One group; a `_rest` row that is no more than rounding for some tokens is 0 there."""
     keys = [[key for group in groups for key in group.keys] for groups in parts]
-    every = list(keys[0])
-    for own in keys[1:]:
-        new = set(own).difference(every)
-        for at, key in enumerate(own):
-            if key in new:
-                every.insert(every.index(own[at - 1]) + 1 if at else 0, key)
+    every = merged(keys)
     if not every:
         return []
-    place = {key: i for i, key in enumerate(every)}
-    values = []
-    for own, groups in zip(keys, parts, strict=True):
-        mine = torch.cat([group.values for group in groups])
-        if own != every:
-            whole = mine.new_zeros(len(every), *mine.shape[1:])
-            whole[[place[key] for key in own]] = mine
-            mine = whole
-        values.append(mine)
+    values = [torch.cat([group.values for group in groups]) for groups in parts]
+    values = [aligned(own, x, every) for own, x in zip(keys, values, strict=True)]
     return [RowGroup(every, torch.cat(values, -1))]
+
+
+def merged(sides: Sequence[Sequence[RowKey]]) -> list[RowKey]:
+    """All rows of several lists of them, each after the one that it follows."""
+    merged = list(sides[0])
+    for keys in sides[1:]:
+        known, last = set(merged), None
+        after: dict[RowKey | None, list[RowKey]] = defaultdict(list)
+        for key in keys:
+            if key in known:
+                last = key
+            else:
+                after[last].append(key)
+        merged = [*after[None], *(one for key in merged for one in (key, *after[key]))]
+    return merged
+
+
+def aligned(
+    keys: Sequence[RowKey], values: Float[Tensor, " row *rest"], everything: Sequence[RowKey]
+) -> Float[Tensor, " all_rows *rest"]:
+    """The values under all rows; 0 where there are none of a row."""
+    if list(keys) == list(everything):
+        return values
+    place = {key: i for i, key in enumerate(everything)}
+    aligned = values.new_zeros(len(everything), *values.shape[1:])
+    aligned[[place[key] for key in keys]] = values
+    return aligned
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,6 @@ from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection
 from tl_dla.model.hooks import alone_on
-from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
 
 Result = TypeVar("Result", bound=Attribution)
@@ -184,19 +183,15 @@ def place_of(result: Attribution, label: str) -> Place:
         ArgumentError: for a row that is not written at one place.
     """
     key, reader = result.keys[result.index(label)], ModelReader(result.model)
-    writes = [step for step in reader.stream().writes if step.layer == key.layer]
     if key.kind == "head" and key.layer is not None and key.index is not None:
         part = reader.attention(key.layer)
         assert part is not None
         return Place(part.site, key.index, part.W_O.shape[0])
     if key.kind == "neuron" and key.layer is not None and key.index is not None:
-        for step in writes:
-            if step.kind == "mlp":
-                mlp = reader.mlp(key.layer, step.name.removesuffix("_out"), step.site)
-                if isinstance(mlp, MLP):
-                    return Place(mlp.site, key.index, mlp.W_out.shape[0])
-    for step in writes:
-        if step.name == key.name:
+        if (mlp := reader.neurons(key.layer)) is not None:
+            return Place(mlp.site, key.index, mlp.W_out.shape[0])
+    for step in reader.stream().writes:
+        if (step.layer, step.name) == (key.layer, key.name):
             return Place(step.site)
     raise ArgumentError(
         f"Row {label!r} (kind {key.kind!r}) is not written at one place that could be overwritten;"

@@ -14,12 +14,12 @@ from torch import nn
 
 from tl_dla.errors import UnsupportedModelError
 from tl_dla.model.attention import AttentionReader
-from tl_dla.model.hooks import Hooks, Site, is_packed, own_map, unwrap
+from tl_dla.model.hooks import Hooks, is_packed, own_map, unwrap
 from tl_dla.model.mlp import MLP, Experts, MLPReader
 from tl_dla.model.mlp_in import ExpertsIn, MLPIn, MLPInReader
 from tl_dla.model.norms import NormReader
 from tl_dla.model.queries_keys import QueriesAndKeys, QueriesAndKeysReader
-from tl_dla.model.stream import StreamReader
+from tl_dla.model.stream import StreamReader, Write
 from tl_dla.model.values import Values, values_of
 
 # Modules between the stream and the logits that no frozen linear map can stand for.
@@ -52,9 +52,17 @@ class ModelReader:
         self.stream, self.last_block = cache(stream.stream), stream.last_block
         self.shows_final_stream = stream.shows_final_stream
 
-    def mlp(self, layer: int, name: str, written: Site) -> MLP | Experts | None:
-        """How the layer's neurons or experts write; see `MLPReader`."""
-        return MLPReader(self._hooks, self._norms).mlp(layer, name, written)
+    def mlp(self, step: Write) -> MLP | Experts | None:
+        """How a step's neurons or experts write; None where it is no MLP's. See `MLPReader`."""
+        if step.kind != "mlp" or step.layer is None:
+            return None
+        reader, name = MLPReader(self._hooks, self._norms), step.name.removesuffix("_out")
+        return reader.mlp(step.layer, name, step.site)
+
+    def neurons(self, layer: int) -> MLP | None:
+        """The layer's MLP; None where it has experts alone, or neither."""
+        parts = (self.mlp(step) for step in self.stream().writes if step.layer == layer)
+        return next((part for part in parts if isinstance(part, MLP)), None)
 
     def mlp_in(self, layer: int, name: str = "mlp") -> MLPIn | ExpertsIn | None:
         """How the layer's neurons or experts are made; see `MLPInReader`."""

@@ -105,7 +105,7 @@ def read_sublayer(reader: ModelReader, step: Write, layer: int) -> Sublayer:
     name = step.name.removesuffix("_out")
     if name == "attn" and (attention := reader.attention(layer)) is not None:
         return _attention(reader, attention)
-    out = reader.mlp(layer, name, step.site) if step.kind == "mlp" else None
+    out = reader.mlp(step)
     way_in = None if out is None else reader.mlp_in(layer, name)
     if isinstance(out, MLP) and isinstance(way_in, MLPIn):
         return MLPPart(out, way_in, _scale(out.post_norm))
