@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -196,11 +196,12 @@ class Comparison(Keyed, Savable):
             candidate: only this one of several candidate tokens, by its text or its index.
         """
         terms = (self.values_a, self.values_b, self.values_wrote, self.values_read)
-        shown = [_Shown(self, values) for values in terms]
-        a, b, wrote, read = (view_of(one, prompt, candidate).values for one in shown)
+        logits = (self.query.with_axes(own[None]) for own in self.logits)
+        chosen = read_choice(self.query, prompt, None, candidate)
+        a, b, wrote, read = map(chosen.samples, terms)
+        [logit_a], [logit_b] = map(chosen.samples, logits)
         view = view_of(self, prompt, candidate)
-        ends = [view_of(_Shown(self, self.values, own), prompt, candidate) for own in self.logits]
-        return Changes(view, a, b, wrote, read, ends[0].logit, ends[1].logit, self.sides)
+        return Changes(view, a, b, wrote, read, logit_a, logit_b, self.sides)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: one line per row × prompt × position (× candidate).
@@ -302,22 +303,6 @@ class Comparison(Keyed, Savable):
 
         shown = self._chosen()
         return f'Comparison: {shown.view.words.target}, unit="{self.unit}"\n{text(shown)}'
-
-
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    """A comparison with other values (a's, b's, a term), for `view_of`."""
-
-    of: Comparison
-    values: Float[Tensor, "row batch pos candidate"]
-    own: Float[Tensor, "..."] | None = None
-
-    @property
-    def logit(self) -> Float[Tensor, "..."]:
-        return self.of.logit if self.own is None else self.own
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.of, name)
 
 
 def compare(

@@ -7,6 +7,7 @@ the certificate and the question of that prompt by itself.
 from dataclasses import dataclass, replace
 from numbers import Integral
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -39,6 +40,14 @@ class Choice:
     def values(self, x: Float[Tensor, "... batch pos candidate"]) -> Float[Tensor, "... b p c"]:
         """The chosen candidates as well."""
         return compact(self.cut(x)[..., _one(self.candidate)])
+
+    def samples(
+        self, x: Float[Tensor, "row batch pos candidate"]
+    ) -> Float[np.ndarray, "row sample c"]:
+        """What is chosen, at the positions that exist, as numbers to show."""
+        values = self.values(x.detach())
+        valid = self._positions.valid.to(values.device)
+        return values[:, valid].cpu().double().numpy()
 
     def shown(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
         """What is chosen of a tensor with the axes that a result shows."""

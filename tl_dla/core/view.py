@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -65,21 +64,17 @@ def view_of(result: Shown, prompt: int | None = None, candidate: str | int | Non
         ArgumentError: for a prompt or candidate that the result does not have.
     """
     chosen = read_choice(result.query, prompt, None, candidate)
-    values = result.values.detach().cpu().double().numpy()
-    logit = result.query.with_axes(result.logit[None])[0].detach().cpu().double().numpy()
     candidates = list(result.query.targets.candidates or [""])
     if chosen.candidate is not None:
-        values, logit = values[..., [chosen.candidate]], logit[..., [chosen.candidate]]
         candidates = [candidates[chosen.candidate]]
     places = [
         (b, p)
         for b, p in result.query.positions.valid.nonzero().tolist()
         if chosen.prompt in (None, b)
     ]
-    at = tuple(np.array(places).T)
     return View(
-        values=values[:, at[0], at[1]],
-        logit=logit[at],
+        values=chosen.samples(result.values),
+        logit=chosen.samples(result.query.with_axes(result.logit[None]))[0],
         labels=_labels(result, {b for b, _ in places}),
         kinds=list(result.kinds),
         layers=list(result.layers),
