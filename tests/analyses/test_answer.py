@@ -48,6 +48,17 @@ def test_the_page_holds_every_number_and_loads_nothing(found, tmp_path):
         found.report(tmp_path / "none" / "page.html")
 
 
+def test_the_largest_rows_are_ranked_by_magnitude_and_other_kinds_refused(found):
+    values = {label: float(found[label][0]) for label in found.labels}
+    heads = [label for label in found.labels if found.kinds[found.labels.index(label)] == "head"]
+    for kind, labels in ((None, found.labels), ("head", heads)):
+        order = sorted(labels, key=lambda label: -abs(values[label]))
+        assert found.top(4, kind=kind) == [(x, pytest.approx(values[x])) for x in order[:4]]
+    for wrong in ({"kind": "neuron"}, {"k": 0}):
+        with pytest.raises(ArgumentError, match="kinds here are|k must be"):
+            found.top(**wrong)
+
+
 def test_the_table_and_the_notebook_say_what_the_model_says(found):
     table = found.to_dataframe()
     one = table[table.step == 1]

@@ -207,6 +207,7 @@ def test_a_map_is_the_product_of_a_plain_models_weights():
     promote = token_map(load("llama"), 1, head)
     got = promote([f"w{i}" for i in sources], targets)
     torch.testing.assert_close(got, expected[:, targets], atol=1e-5, rtol=1e-4)
+    assert promote("w8", "w50").item() == pytest.approx(float(expected[1, 50]), abs=1e-5)
     best = expected[1].argsort(descending=True)[:5]
     assert [token for token, _ in promote.top(sources[1], 5)] == [f"w{i}" for i in best]
     table = promote.to_dataframe(sources, targets)

@@ -64,3 +64,5 @@ def test_taking_positions_is_indexing(model):
             ]
             got = positions.take(x)[row][positions.valid[row]]
             torch.testing.assert_close(got, x[row, wanted])
+            there = torch.isin(torch.arange(6), wanted)
+            assert torch.equal(positions.mask(6)[row], there)

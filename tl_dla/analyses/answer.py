@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.files import write_page
+from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
 from tl_dla.core.saved import Savable
 from tl_dla.core.view import prompt_tokens, view_of
@@ -145,14 +146,14 @@ class AnswerAttribution(Savable):
             prompt: which prompt of a batch.
 
         Raises:
-            ArgumentError: where there are several prompts and none is chosen.
+            ArgumentError: where there are several prompts and none is chosen; for a kind that there
+                is not, or k < 1.
         """
         if prompt is None and len(self.answers) > 1:
             raise ArgumentError(f"There are {len(self.answers)} prompts: say which, with prompt=.")
-        values = self.attribution[:, prompt or 0].tolist()
-        named = zip(self.labels, values, self.kinds, strict=True)
-        rows = [(label, value) for label, value, own in named if kind in (None, own)]
-        return sorted(rows, key=lambda row: -abs(row[1]))[:k]
+        rows = rows_to_rank(self.kinds, kind, k, "magnitude")
+        values = self.attribution[rows, prompt or 0]
+        return ranked(values, [self.labels[row] for row in rows], k, "magnitude", largest=True)
 
     def with_model(self, model: Any) -> "AnswerAttribution":
         """An answer that was loaded or unpickled, with its model again, for what asks its steps.

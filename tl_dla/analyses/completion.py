@@ -386,4 +386,4 @@ def _ids(model: Any, answer: Answer) -> Int[Tensor, " token"]:
         answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0] if answer else []
     if not len(answer):
         return torch.zeros(0, dtype=torch.long)
-    return token_ids(model, answer if isinstance(answer, Tensor) else list(answer)).flatten()
+    return token_ids(model, answer).flatten()

@@ -104,7 +104,7 @@ def unembedding_pca(
         (torch.Size([3, 2]), True)
     """
     model = require_model(model)
-    ids = token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()
+    ids = token_ids(model, tokens).flatten()
     limit = min(len(ids) - 1, len(unembed_matrix(model)))
     if not 1 <= n_components <= limit:
         raise ArgumentError(

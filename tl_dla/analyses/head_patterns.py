@@ -112,8 +112,7 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
     selection = Selection(layers=tuple(layers), heads=tuple(places.values()))
     once = again(result, "source", selection, taps=list(whole.values()), cache=cache)
     moved = once.result(Attribution).certified("raise", CAUSE)
-    queries = torch.zeros(tokens.shape, dtype=torch.bool, device=positions.index.device)
-    queries.scatter_(1, positions.index, positions.valid)
+    queries = positions.mask(tokens.shape[1])
     last = positions.last[:, None]
     last_queries = torch.zeros_like(queries).scatter_(1, last, True)
 

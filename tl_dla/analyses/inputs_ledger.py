@@ -158,6 +158,7 @@ class InputLedger(Attribution):
 Ledger = TypeVar("Ledger", bound=InputLedger)
 
 
+@exact()
 def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = False) -> Ledger:
     """The readouts of a run pulled all the way back, as a result of a class.
 
@@ -170,11 +171,6 @@ def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = Fa
     Raises:
         UnsupportedModelError: where a block writes to the stream what no known part wrote.
     """
-    with exact():
-        return _ledger(once, network, of, progress)
-
-
-def _ledger(once: Run, network: Network, of: type[Ledger], progress: bool) -> Ledger:
     _require_understood(once)
     base, query = once.result(Attribution), once.query
     pulled = pull_all(once, network, directions(once), progress=progress)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -85,16 +86,11 @@ class LogitLens:
         return self._strings(torch.where(self.positions.valid.to(ids.device), ids, -1))
 
     def _strings(self, ids: Int[Tensor, "..."]) -> list[Any]:
+        """Nested as the ids are; `""` for -1."""
         unique, inverse = ids.detach().cpu().unique(return_inverse=True)
-        known = dict(
-            zip(unique.tolist(), token_strings(self.model, unique.clamp(min=0)), strict=True)
-        )
-        known[-1] = ""
-
-        def text(nested: Any) -> Any:
-            return [text(x) for x in nested] if isinstance(nested, list) else known[nested]
-
-        return text(ids.tolist())
+        names = np.array(token_strings(self.model, unique.clamp(min=0)), dtype=object)
+        names[unique.numpy() < 0] = ""
+        return names[inverse.numpy()].tolist()
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: a line per point × prompt × position × token read.

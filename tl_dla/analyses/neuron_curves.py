@@ -152,9 +152,9 @@ def neuron_curves(
     part = ModelReader(result.model).neurons(layer) if rows and layer is not None else None
     if part is None or len(rows) != len(part.W_out):
         raise ArgumentError(
-            'neuron_curves reads a layer whose neurons all have a row: attribute with unit="neuron",'
-            f" layers={layer if layer is not None else 3} and no top_neurons, and name the layer;"
-            f" those of {sorted(x for x in layers if x is not None)} have rows here."
+            "neuron_curves reads a layer whose neurons all have a row: attribute with"
+            f' unit="neuron", layers={3 if layer is None else layer} and no top_neurons, and name'
+            f" the layer; those of {sorted(x for x in layers if x is not None)} have rows here."
         )
     tap = Tap(part.site, upcast)
     once = again(result, "component", Selection(), taps=[tap], cache=cache)

@@ -140,22 +140,19 @@ def _extremes(
 ) -> tuple[Int[Tensor, "row k"], Float[Tensor, "row k"]]:
     """The tokens that each vector raises most, then those that it lowers most; their effects."""
     k, chunk_size = size
-    sides: list[tuple[Tensor, Tensor]] = []
+    sides: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], -1: []}
     for chunk in Unembedding(query.model, ModelReader(query.model).stream(), chunk_size).chunks():
         effect = chunk.moved(wrote) * chunk.ratio(total)
-        for side, sign in enumerate((1, -1)):
+        for sign, found in sides.items():
             top = (sign * effect).topk(min(k, effect.shape[1]))
-            values, ids = top.values, top.indices + chunk.part.start
-            if len(sides) == 2:
-                values = torch.cat([sides[side][0], values], 1)
-                ids = torch.cat([sides[side][1], ids], 1)
-                values, order = values.topk(min(k, values.shape[1]))
-                ids = ids.gather(1, order)
-                sides[side] = values, ids
-            else:
-                sides.append((values, ids))
-    (raised, up), (lowered, down) = sides
-    return torch.cat([up, down], 1), torch.cat([raised, -lowered], 1)
+            found.append((top.indices + chunk.part.start, top.values))
+    tokens, effects = [], []
+    for sign, found in sides.items():
+        ids, values = (torch.cat(x, 1) for x in zip(*found, strict=True))
+        top = values.topk(min(k, values.shape[1]))
+        tokens.append(ids.gather(1, top.indices))
+        effects.append(sign * top.values)
+    return torch.cat(tokens, 1), torch.cat(effects, 1)
 
 
 def _read_out(

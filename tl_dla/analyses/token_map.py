@@ -67,11 +67,11 @@ class TokenMap:
 
         `sources` may be vectors of one's own, `[source, d_model]`, as the stream starts with.
         """
-        return self._read(self._vectors(sources), _ids(self.model, targets))
+        return self._read(self._vectors(sources), token_ids(self.model, targets).flatten())
 
     def matrix(self, targets: Tokens) -> Float[Tensor, "d_model target"]:
         """The map itself: `embedding @ matrix` are the logits of `targets`."""
-        ids = _ids(self.model, targets)
+        ids = token_ids(self.model, targets).flatten()
         direction = _direction(ModelReader(self.model), self.layer, self.head, ids)
         return direction.mT * self.factor
 
@@ -114,7 +114,7 @@ class TokenMap:
 
     def _vectors(self, sources: Sources) -> Float[Tensor, "source d_model"]:
         if not (isinstance(sources, Tensor) and sources.is_floating_point()):
-            return _embeddings(self.model, _ids(self.model, sources))
+            return _embeddings(self.model, token_ids(self.model, sources).flatten())
         d_model = len(self.model.W_U)
         if sources.ndim != 2 or sources.shape[1] != d_model:
             raise ArgumentError(
@@ -126,13 +126,13 @@ class TokenMap:
     def _names(self, tokens: Sources) -> list[str]:
         if isinstance(tokens, Tensor) and tokens.is_floating_point():
             return [f"vector {i}" for i in range(len(tokens))]
-        return token_strings(self.model, _ids(self.model, tokens))
+        return token_strings(self.model, token_ids(self.model, tokens).flatten())
 
     def top(
         self, source: str | int, k: int = 10, chunk_size: int = 8192
     ) -> list[tuple[str, float]]:
         """The tokens of the whole vocabulary that the head promotes most from a source token."""
-        embedding = _embeddings(self.model, _ids(self.model, [source]))
+        embedding = _embeddings(self.model, token_ids(self.model, [source]).flatten())
         vocab = torch.arange(unembed_matrix(self.model).shape[1], device=embedding.device)
         logits = torch.cat([self._read(embedding, ids)[0] for ids in vocab.split(chunk_size)])
         best = logits.topk(min(k, len(logits)))
@@ -233,7 +233,3 @@ def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     kept = forward(query, taps, logits=False)
     written, stream = kept[taps[0]], kept[taps[-1]]
     return (stream if is_multiple(written, stream, reader.machine_eps) else written)[:, 0]
-
-
-def _ids(model: Any, tokens: Sources) -> Int[Tensor, " token"]:
-    return token_ids(model, tokens if isinstance(tokens, Tensor) else list(tokens)).flatten()

@@ -18,9 +18,8 @@ writes passes through later MLPs, whose effects hold it again.
 """
 
 from collections.abc import Sequence, Sized
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from tl_dla.core.taps import exact, select
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.tokens import token_strings
-from tl_dla.model.hooks import Site, alone_on, upcast
+from tl_dla.model.hooks import Site, changed, upcast
 from tl_dla.model.mlp import MLP
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Kind, Write
@@ -276,24 +275,13 @@ def _with_gradients(
                 f'{site.name} is no place that a gradient can be read at; lines="frozen" works.'
             )
 
-    def keep(name: str) -> Any:
-        def hook(x: Any, hook: Any = None) -> Any:
-            one = x[0] if isinstance(x, tuple | list) else x
-            seen[name] = one if one.requires_grad else one.requires_grad_(True)
-            # Given back: what a hook is shown may be a view that the model does not go on with.
-            return one if one is x else None
+    def keep(name: str, x: Any) -> Any:
+        one = x[0] if isinstance(x, tuple | list) else x
+        seen[name] = one if one.requires_grad else one.requires_grad_(True)
+        # Given back: what a hook is shown may be a view that the model does not go on with.
+        return one if one is x else None
 
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(alone_on(model))
-        for site in sites:
-            if not site.hooked:
-                own = keep(site.name)
-                handle = site.module.register_forward_hook(lambda _m, _a, out, own=own: own(out))
-                stack.callback(handle.remove)
-        hooks = [(site.name, keep(site.name)) for site in sites if site.hooked]
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
+    with changed(model, [(site, partial(keep, site.name)) for site in sites]):
         logits = model(query.prompts.packed, return_type="logits")
         taken = query.positions.take(logits)
         return query.targets.added(select(taken, query.targets)), seen

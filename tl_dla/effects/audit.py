@@ -86,7 +86,7 @@ class Audit:
     def flags(self) -> list[Flag]:
         """What a reader of the rows should know, the largest row first."""
         measured = (self.direct, self.direct_recomputed, self.total, self.left)
-        means = [x.reshape(len(self.rows), -1).nanmean(1).tolist() for x in measured]
+        means = [self._mean(x).tolist() for x in measured]
         columns = zip(self.rows, *means, self.copy_share.tolist(), strict=True)
         effects = [
             RowEffects(
@@ -124,9 +124,8 @@ class Audit:
             "repair_norm": self._repairs("norm"),
             "left": self.left,
         }
-        n = len(self.rows)
         if not by_prompt:
-            means = {name: x.reshape(n, -1).nanmean(1).tolist() for name, x in parts.items()}
+            means = {name: self._mean(x).tolist() for name, x in parts.items()}
             means["copy_share"] = self.copy_share.tolist()
             raised = {(flag.row, flag.name) for flag in self.flags}
             flags = {name: [(row, name) in raised for row in self.rows] for name in FLAGS}
@@ -156,14 +155,11 @@ class Audit:
         from tl_dla.figures.charts import Heading, Look
         from tl_dla.figures.text import safe
 
-        def mean(x: Tensor) -> Any:
-            return x.reshape(len(self.rows), -1).nanmean(1).double().cpu().numpy()
-
         flags = [[flag for flag in self.flags if flag.row == row] for row in self.rows]
         shown = effects.Effects(
             self.rows,
-            mean(self.direct),
-            mean(self.total),
+            self._mean(self.direct).double().cpu().numpy(),
+            self._mean(self.total).double().cpu().numpy(),
             [[flag.name for flag in own] for own in flags],
             [[flag.sentence for flag in own] for own in flags],
         )
@@ -182,8 +178,11 @@ class Audit:
     @property
     def copy_share(self) -> Float[Tensor, " row"]:
         """`copied` over the row, of means: where a row is near 0 it has no share to speak of."""
-        copied, own = (x.reshape(len(self.rows), -1) for x in (self.copied, self._of_result()))
-        return copied.nanmean(1) / own.nanmean(1)
+        return self._mean(self.copied) / self._mean(self._of_result())
+
+    def _mean(self, x: Float[Tensor, " row *batch_and_pos"]) -> Float[Tensor, " row"]:
+        """Over prompts and positions, those that exist."""
+        return x.reshape(len(self.rows), -1).nanmean(1)
 
     def _repairs(self, part: str) -> Float[Tensor, " row *batch_and_pos"]:
         return torch.stack([getattr(self.repairs[row], part) for row in self.rows])

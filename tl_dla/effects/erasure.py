@@ -84,9 +84,7 @@ class Erasures:
         samples = samples[:, ~samples.isnan().any(0)]
         if samples.shape[1] < 3:
             return torch.full(self.later.shape, torch.nan)
-        centred = samples - samples.mean(1, keepdim=True)
-        unit = centred / centred.norm(dim=1, keepdim=True)
-        return unit[rows] @ unit.mT
+        return torch.corrcoef(samples)[rows]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """Writers and erasers, the pair that removes most logits first.
@@ -98,11 +96,8 @@ class Erasures:
         """
         import pandas as pd
 
-        def mean(x: Tensor) -> Tensor:
-            return x.reshape(*x.shape[:2], -1).nanmean(-1)
-
-        ratio, logits = mean(self.ratio), mean(self.logits)
-        norm = mean(self.ratio * self.norm[:, None])
+        ratio, logits = _means(self.ratio), _means(self.logits)
+        norm = _means(self.ratio * self.norm[:, None])
         direct = self.direct.reshape(len(self.labels), -1).nanmean(-1)
         correlation = self.correlation
         pairs = (self.later & (ratio < 0)).nonzero().tolist()
@@ -110,19 +105,9 @@ class Erasures:
         lines = []
         for i, j in pairs:
             own = float(direct[self.labels.index(self.writers[i])])
-            lines.append(
-                {
-                    "writer": self.writers[i],
-                    "eraser": self.labels[j],
-                    "projection_ratio": float(ratio[i, j]),
-                    "logits": float(logits[i, j]),
-                    "norm": float(norm[i, j]),
-                    "writer_direct": own,
-                    "eraser_direct": float(direct[j]),
-                    "net": own + float(direct[j]),
-                    "correlation": float(correlation[i, j]),
-                }
-            )
+            of_pair = (float(x[i, j]) for x in (ratio, logits, norm))
+            both = (own, float(direct[j]), own + float(direct[j]), float(correlation[i, j]))
+            lines.append((self.writers[i], self.labels[j], *of_pair, *both))
         return pd.DataFrame(lines, columns=_COLUMNS)
 
     def plot(
@@ -141,10 +126,7 @@ class Erasures:
         from tl_dla.figures import effects
         from tl_dla.figures.charts import Heading, Look
 
-        ratio, logits = (
-            x.reshape(*x.shape[:2], -1).nanmean(-1).double().cpu()
-            for x in (self.ratio, self.logits)
-        )
+        ratio, logits = (_means(x).double().cpu() for x in (self.ratio, self.logits))
         largest = logits.abs().amax(0).argsort(descending=True)[:k]
         columns = [j for j in largest.sort().values.tolist() if bool(self.later[:, j].any())]
         return effects.erased(
@@ -164,6 +146,10 @@ class Erasures:
         table = self.to_dataframe().head(8)
         head = f"Erasures: {len(self.writers)} writers against the rows after them (means)"
         return f"{head}\n{table.to_string(index=False, float_format='{:+.3f}'.format)}"
+
+
+def _means(x: Float[Tensor, "writer row *batch_and_pos"]) -> Float[Tensor, "writer row"]:
+    return x.reshape(*x.shape[:2], -1).nanmean(-1)
 
 
 _COLUMNS = ["writer", "eraser", "projection_ratio", "logits", "norm"]

@@ -21,8 +21,9 @@ Only the attributed positions are overwritten (`at="position"`), or every token 
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ from tl_dla.effects.substitutes import Ablation, At, Place, ablated_tokens, subs
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection
-from tl_dla.model.hooks import alone_on
+from tl_dla.model.hooks import changed
 from tl_dla.model.reader import ModelReader
 
 Result = TypeVar("Result", bound=Attribution)
@@ -251,17 +252,6 @@ def editing(model: Any, edits: Sequence[Edit], query: Query) -> Iterator[None]:
     by_site: dict[str, list[Edit]] = {}
     for e in edits:
         by_site.setdefault(e.place.site.name, []).append(e)
-    with ExitStack() as stack:
-        stack.enter_context(alone_on(model))
-        hooks = []
-        for name, mine in by_site.items():
-            site = mine[0].place.site
-            if site.hooked:
-                hooks.append((name, lambda x, hook, mine=mine: edit(x, mine)))
-            else:
-                handle = site.module.register_forward_hook(
-                    lambda _m, _a, output, mine=mine: edit(output, mine)
-                )
-                stack.callback(handle.remove)
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
+    changes = [(mine[0].place.site, partial(edit, mine=mine)) for mine in by_site.values()]
+    with changed(model, changes):
         yield

@@ -40,10 +40,7 @@ def ablated_tokens(prompts: Prompts, positions: Positions, at: At) -> Bool[Tenso
     tokens = prompts.packed
     if at == "all":
         return torch.ones_like(tokens, dtype=torch.bool)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (index, valid) in enumerate(zip(positions.index, positions.valid, strict=True)):
-        mask[row, index[valid]] = True
-    return mask
+    return positions.mask(tokens.shape[1])
 
 
 def substitutes(
@@ -133,9 +130,7 @@ def _resampled(
     own: bool,
 ) -> Float[Tensor, "batch pos width"]:
     """Each ablated token's activation on the prompt that stands in."""
-    target = ablated_tokens(result.prompts, result.positions, at)
-    if at == "all":
-        target = _reference_mask(result, result.prompts, at)
+    target = _reference_mask(result, result.prompts, at)
     source = x.roll(1, 0) if own else x.expand(len(target), -1, -1)
     taken = mask.roll(1, 0) if own else mask.expand(len(target), -1)
     if not torch.equal(target.sum(-1), taken.sum(-1)):
@@ -144,6 +139,5 @@ def _resampled(
             " another: attribute one position, or give a reference."
         )
     out = x.new_zeros(*target.shape, x.shape[-1])
-    for b in range(len(target)):  # tokens in order: the n-th ablated takes the n-th of the other
-        out[b, target[b]] = source[b, taken[b]]
+    out[target] = source[taken]  # in order: the n-th ablated takes the n-th of the other
     return out

@@ -6,7 +6,6 @@ single slip gives the learner's numbers, pairs of them are tried before the chec
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
 from typing import Any, NoReturn
@@ -21,17 +20,11 @@ class Mistake(Exception):
     """A wrong answer; the message says what is wrong with it."""
 
 
-@dataclass(frozen=True)
 class Slip:
     """A known mistake: what to say of it, and which choices of the formula it makes otherwise."""
 
-    says: str
-    choices: dict[str, Any]
-
-
-def slip(says: str, **choices: Any) -> Slip:
-    """`Slip(says, choices)`."""
-    return Slip(says, choices)
+    def __init__(self, says: str, **choices: Any) -> None:
+        self.says, self.choices = says, choices
 
 
 def same(a: Tensor, b: Tensor, part: float = 1e-4) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_dla.exercises.comparing import compare, slip
+from tl_dla.exercises.comparing import Slip, compare
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import (
     accumulated,
@@ -33,28 +33,28 @@ from tl_dla.exercises.slips import (
 def check_logit_lens(function: Function, lesson: Lesson) -> None:
     """The model's own norm and unembedding at every point of the stream, statistics fresh."""
     slips = [
-        slip(
+        Slip(
             "the scale is frozen at the last layer's value. The lens asks what the model would say"
             " if it stopped here, so the norm is recomputed at every point.",
             scale="frozen",
         ),
-        slip("final_post is missing: the last point is the model's own answer.", points="no end"),
-        slip("the points between attention and MLP are missing: incl_mid=True.", points="no mid"),
-        slip(WRONG_PLACE, pos=0),
-        slip("you forgot b_U.", b_U=0),
-        slip("you subtracted b_U: the unembedding adds it.", b_U=-1),
-        slip("you forgot β, the final norm's bias model.ln_final.b.", beta=0),
-        slip("you forgot both β and b_U.", beta=0, b_U=0),
-        slip("you forgot γ, model.ln_final.w.", power=0),
-        slip("γ is in twice: model.ln_final has it already.", power=2),
-        slip("you forgot the final norm.", norm=False),
+        Slip("final_post is missing: the last point is the model's own answer.", points="no end"),
+        Slip("the points between attention and MLP are missing: incl_mid=True.", points="no mid"),
+        Slip(WRONG_PLACE, pos=0),
+        Slip("you forgot b_U.", b_U=0),
+        Slip("you subtracted b_U: the unembedding adds it.", b_U=-1),
+        Slip("you forgot β, the final norm's bias model.ln_final.b.", beta=0),
+        Slip("you forgot both β and b_U.", beta=0, b_U=0),
+        Slip("you forgot γ, model.ln_final.w.", power=0),
+        Slip("γ is in twice: model.ln_final has it already.", power=2),
+        Slip("you forgot the final norm.", norm=False),
         NO_SCALE,
         SQUARED,
-        slip("you divided by the stream's length: the scale is its deviation.", scale="own norm"),
+        Slip("you divided by the stream's length: the scale is its deviation.", scale="own norm"),
         CENTRE,
-        slip("you swapped correct and incorrect: every sign is wrong.", sign=-1),
+        Slip("you swapped correct and incorrect: every sign is wrong.", sign=-1),
         *OVER[:2],
-        slip(
+        Slip(
             "these are the components one by one; the lens reads the stream accumulated up to each"
             " point.",
             points="components",
@@ -81,16 +81,16 @@ def check_layer_norm_split(function: Function, lesson: Lesson) -> None:
     """Rows of the final norm's output, and β as the last one."""
     for pos in (-1, 3):
         slips = [
-            slip("you forgot β, which is a row of its own, the last.", beta="none"),
-            slip("β is in every row: it is one row of its own, the last.", beta="every"),
-            slip("β is not divided by the scale: the norm adds it afterwards.", beta="scaled"),
-            slip("the last row is β alone, and γ multiplies yours.", beta="times γ"),
-            slip("β is the first row: it comes last.", beta="first"),
-            slip("you forgot γ, model.ln_final.w.", power=0),
-            slip("γ is in twice: multiply by model.ln_final.w once.", power=2),
-            slip("γ multiplies, and you divided by it.", power=-1),
-            slip("you did not centre: subtract each row's mean over d_model.", centre="never"),
-            slip("you centred after multiplying by γ: LayerNorm centres first.", centre="late"),
+            Slip("you forgot β, which is a row of its own, the last.", beta="none"),
+            Slip("β is in every row: it is one row of its own, the last.", beta="every"),
+            Slip("β is not divided by the scale: the norm adds it afterwards.", beta="scaled"),
+            Slip("the last row is β alone, and γ multiplies yours.", beta="times γ"),
+            Slip("β is the first row: it comes last.", beta="first"),
+            Slip("you forgot γ, model.ln_final.w.", power=0),
+            Slip("γ is in twice: multiply by model.ln_final.w once.", power=2),
+            Slip("γ multiplies, and you divided by it.", power=-1),
+            Slip("you did not centre: subtract each row's mean over d_model.", centre="never"),
+            Slip("you centred after multiplying by γ: LayerNorm centres first.", centre="late"),
             *scale_slips(lesson, pos),
         ]
         given = function(components(lesson, pos).float(), lesson.model, lesson.cache, pos)
@@ -115,19 +115,19 @@ def _split(lesson: Lesson, pos: int, /, **wrong: Any) -> Tensor:
 def check_all_rows(function: Function, lesson: Lesson) -> None:
     """All components, β · u and b_U: they sum to the logit difference that the model returned."""
     slips = [
-        slip("did you forget β and b_U?", beta="none", b_U=None),
-        slip("did you forget b_U?", b_U=None),
-        slip("did you forget β?", beta="none"),
-        slip("b_U has the wrong sign: it is that of correct less that of incorrect.", b_U=-1),
-        slip("did you swap correct and incorrect?", sign=-1),
-        slip("did you sum over the prompts instead of averaging?", over="sum"),
-        slip("there is a number for each prompt: average over the batch.", over="none"),
-        slip("β is not divided by the scale.", beta="scaled"),
-        slip("β and b_U are in the wrong order: β's part comes first.", last="turned round"),
+        Slip("did you forget β and b_U?", beta="none", b_U=None),
+        Slip("did you forget b_U?", b_U=None),
+        Slip("did you forget β?", beta="none"),
+        Slip("b_U has the wrong sign: it is that of correct less that of incorrect.", b_U=-1),
+        Slip("did you swap correct and incorrect?", sign=-1),
+        Slip("did you sum over the prompts instead of averaging?", over="sum"),
+        Slip("there is a number for each prompt: average over the batch.", over="none"),
+        Slip("β is not divided by the scale.", beta="scaled"),
+        Slip("β and b_U are in the wrong order: β's part comes first.", last="turned round"),
         CENTRE,
-        slip("did you forget γ?", power=0),
-        slip("is γ in twice? What `layer_norm_split` returns has it already.", power=2),
-        slip("did you read position 0 instead of -1?", at=0, scale=0),
+        Slip("did you forget γ?", power=0),
+        Slip("is γ in twice? What `layer_norm_split` returns has it already.", power=2),
+        Slip("did you read position 0 instead of -1?", at=0, scale=0),
         *scale_slips(lesson),
     ]
     given = function(lesson.model, lesson.cache, lesson.correct, lesson.incorrect)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_dla.exercises.comparing import Mistake, compare, slip, tell, two_numbers
+from tl_dla.exercises.comparing import Mistake, Slip, compare, tell, two_numbers
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import (
     answers_at,
@@ -95,38 +95,38 @@ def check_source_contributions(function: Function, lesson: Lesson) -> None:
     n_heads = lesson.model.cfg.n_heads
     for layer, head in ((3, 0), (1, 3)):
         slips = [
-            slip(
+            Slip(
                 "this is what each token would give with all of the head's attention: multiply by"
                 " how much the last position attends to it.",
                 weights="none",
             ),
-            slip(
+            Slip(
                 "the pattern is turned round: its axes are [query, key], and the query is the last"
                 " position.",
                 weights="to the last",
             ),
-            slip(
+            Slip(
                 "this is the attention of all heads averaged: use the head's own.",
                 weights="all heads",
             ),
-            slip(
+            Slip(
                 "hook_z is mixed over the source tokens already: the values of each token are"
                 " hook_v.",
                 values="hook_z",
             ),
-            slip("the tokens are added up, which is the head's row: keep them apart.", added=True),
-            slip(
+            Slip("the tokens are added up, which is the head's row: keep them apart.", added=True),
+            Slip(
                 "you averaged over the prompts, and their tokens are not the same ones: keep"
                 " [batch, pos].",
                 over="mean",
             ),
-            slip(
+            Slip(
                 "the scale is that of each source token. The head writes at the last position, and"
                 " the final norm that reads it is the one there.",
                 scale_at_source=True,
             ),
             *(
-                slip("W_O is that of another head: W_O[head].", out=other)
+                Slip("W_O is that of another head: W_O[head].", out=other)
                 for other in range(n_heads)
                 if other != head
             ),
@@ -222,22 +222,22 @@ def _at(index: Tensor, n_heads: int) -> tuple[int, int]:
 def check_logit_diff_lost(function: Function, lesson: Lesson) -> None:
     """Silence a head at the last position, run again: how much of the difference is gone."""
     slips = [
-        slip("the sign: a positive number is a difference lost, before less after.", sign=-1),
-        slip("this is the difference that is left: how much of it is gone?", measure="left"),
-        slip(
+        Slip("the sign: a positive number is a difference lost, before less after.", sign=-1),
+        Slip("this is the difference that is left: how much of it is gone?", measure="left"),
+        Slip(
             "this is the head's row, its direct effect. Silence the head and run the model again:"
             " the others react.",
             measure="row",
         ),
-        slip(
+        Slip(
             "the head is silent at every position: silence it at the last one alone.",
             at=slice(None),
         ),
-        slip("this silences position 0: the last one, -1, is asked for.", at=0),
-        slip("the whole layer is silent: silence one head.", which=slice(None)),
-        slip("this is the sum over the prompts: average over the batch.", over="sum"),
-        slip("this is of the answer's logit alone: subtract the foil's.", foil=0),
-        slip(
+        Slip("this silences position 0: the last one, -1, is asked for.", at=0),
+        Slip("the whole layer is silent: silence one head.", which=slice(None)),
+        Slip("this is the sum over the prompts: average over the batch.", over="sum"),
+        Slip("this is of the answer's logit alone: subtract the foil's.", foil=0),
+        Slip(
             "nothing changed: does the hook return, or change in place, what it was given?",
             measure="nothing",
         ),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_dla.exercises.comparing import compare, same, slip
+from tl_dla.exercises.comparing import Slip, compare, same
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import (
     accumulated,
@@ -23,22 +23,22 @@ from tl_dla.exercises.slips import WRONG_PLACE, Function, read, reading_slips
 def check_logit_diff_directions(function: Function, lesson: Lesson) -> None:
     """γ ⊙ (W_U[:, correct] − W_U[:, incorrect])."""
     slips = [
-        slip("this is incorrect less correct: you swapped them, so every sign is wrong.", sign=-1),
-        slip(
+        Slip("this is incorrect less correct: you swapped them, so every sign is wrong.", sign=-1),
+        Slip(
             "you forgot γ: this model is not folded, so model.ln_final.w still multiplies.", power=0
         ),
-        slip("γ is in twice: multiply by model.ln_final.w once.", power=2),
-        slip("γ multiplies, and you divided by it.", power=-1),
-        slip(
+        Slip("γ is in twice: multiply by model.ln_final.w once.", power=2),
+        Slip("γ multiplies, and you divided by it.", power=-1),
+        Slip(
             "this is the correct answer's direction alone: subtract the incorrect one's.",
             foil=False,
         ),
-        slip(
+        Slip(
             "these directions have length 1: do not normalise them, or the dot product is not in"
             " logits.",
             unit=True,
         ),
-        slip("the axes are [d_model, batch]: W_U[:, tokens] has the prompts last.", turned=True),
+        Slip("the axes are [d_model, batch]: W_U[:, tokens] has the prompts last.", turned=True),
     ]
     given = function(lesson.model, lesson.correct, lesson.incorrect)
     if isinstance(given, Tensor):
@@ -71,18 +71,18 @@ def check_residual_stack_to_logit_diff(function: Function, lesson: Lesson) -> No
 def check_per_layer_logit_diff(function: Function, lesson: Lesson) -> None:
     """One number for embed, pos_embed and every sublayer."""
     slips = [
-        slip(
+        Slip(
             "these are the residual streams accumulated so far; decompose_resid has what each"
             " sublayer adds.",
             so_far=True,
         ),
-        slip(WRONG_PLACE, at=0, scale=0),
-        slip(
+        Slip(WRONG_PLACE, at=0, scale=0),
+        Slip(
             "these are the vectors of position 0, read with the scale of the last one: pos_slice=-1"
             " in decompose_resid as well.",
             at=0,
         ),
-        slip("embed and pos_embed are missing: they write to the stream too.", start=2),
+        Slip("embed and pos_embed are missing: they write to the stream too.", start=2),
         *reading_slips(lesson),
     ]
     given = function(lesson.cache, gamma_directions(lesson).float())
@@ -97,19 +97,19 @@ def _layers(lesson: Lesson, /, **wrong: Any) -> Tensor:
 def check_per_head_logit_diff(function: Function, lesson: Lesson) -> None:
     """One number for every head, `[layer, head]`."""
     slips = [
-        slip(
+        Slip(
             "the heads are in the wrong places: the stack runs through all heads of layer 0 first,"
             ' so it is "(layer head)", and not "(head layer)".',
             order="wrong places",
         ),
-        slip("the heads are in one row: rearrange them to [layer, head].", order="flat"),
-        slip(WRONG_PLACE, at=0, scale=0),
-        slip(
+        Slip("the heads are in one row: rearrange them to [layer, head].", order="flat"),
+        Slip(WRONG_PLACE, at=0, scale=0),
+        Slip(
             "these are the vectors of position 0, read with the scale of the last one: pos_slice=-1"
             " in stack_head_results as well.",
             at=0,
         ),
-        slip(
+        Slip(
             "every head also has its layer's output bias b_O, which belongs to no head.", bias=True
         ),
         *reading_slips(lesson),

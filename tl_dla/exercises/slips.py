@@ -5,27 +5,27 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_dla.exercises.comparing import Slip, slip
+from tl_dla.exercises.comparing import Slip
 from tl_dla.exercises.lesson import Lesson
 from tl_dla.exercises.reference import gamma_beta, project, reduced
 
 Function = Callable[..., Any]
 
 WRONG_PLACE = "this reads position 0; the answer is predicted at the last position, -1."
-CENTRE = slip("did you centre (subtract the mean over d_model) before scaling?", centre=False)
-NO_SCALE = slip('you forgot the final norm\'s scale, cache["ln_final.hook_scale"].', scale="none")
-SQUARED = slip(
+CENTRE = Slip("did you centre (subtract the mean over d_model) before scaling?", centre=False)
+NO_SCALE = Slip('you forgot the final norm\'s scale, cache["ln_final.hook_scale"].', scale="none")
+SQUARED = Slip(
     "you divided by the scale twice: this is over its square, a variance.", scale="squared"
 )
-GAMMA_AGAIN = slip("γ is in twice: `directions` has it already.", power=1)
-SIGN = slip(
+GAMMA_AGAIN = Slip("γ is in twice: `directions` has it already.", power=1)
+SIGN = Slip(
     "every sign is wrong: did you swap correct and incorrect, or subtract the wrong way round?",
     sign=-1,
 )
 OVER = [
-    slip("you summed over the prompts: average over the batch.", over="sum"),
-    slip("there is a number for each prompt, [*row, batch]: average over the batch.", over="none"),
-    slip(
+    Slip("you summed over the prompts: average over the batch.", over="sum"),
+    Slip("there is a number for each prompt, [*row, batch]: average over the batch.", over="none"),
+    Slip(
         "you averaged over the rows too: every row keeps a number of its own, and only the batch is"
         " averaged.",
         over="rows",
@@ -40,28 +40,28 @@ def scale_slips(lesson: Lesson, pos: int = -1) -> list[Slip]:
     return [
         NO_SCALE,
         SQUARED,
-        slip(
+        Slip(
             "each row was divided by a scale recomputed from that row alone, and such rows do not"
             ' add up. Freeze the scale: one number per prompt, cache["ln_final.hook_scale"], from'
             " the whole stream.",
             scale="own",
         ),
-        slip(
+        Slip(
             "each row was divided by its own length: the divisor is one number per prompt, the"
             " frozen scale of the whole stream.",
             scale="own norm",
         ),
-        slip(
+        Slip(
             "you divided by the stream's length ‖x‖: the scale is its standard deviation.",
             scale="norm",
         ),
-        slip(
+        Slip(
             "you divided by the unbiased standard deviation: LayerNorm's variance divides by"
             " d_model, and not by d_model − 1 (correction=0).",
             scale="unbiased",
         ),
         *(
-            slip(
+            Slip(
                 f"the scale is that of position {other}; these are vectors of position {pos}, and"
                 " each position has a scale of its own.",
                 scale=other,

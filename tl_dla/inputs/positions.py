@@ -53,6 +53,13 @@ class Positions:
         """Drop the position axis where one position was asked for."""
         return x.squeeze(axis) if self.single else x
 
+    def mask(self, width: int) -> Bool[Tensor, "batch {width}"]:
+        """Which tokens they are, of prompts packed in that width."""
+        mask = torch.zeros(len(self.index), width, dtype=torch.bool, device=self.index.device)
+        rows, columns = self.valid.nonzero(as_tuple=True)
+        mask[rows, self.index[rows, columns]] = True
+        return mask
+
     @property
     def last(self) -> Int[Tensor, " batch"]:
         """The last of each prompt's own, in the order asked for."""

@@ -7,8 +7,8 @@ their modules. Every reader of a part holds a `Hooks`.
 import copy
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -303,4 +303,23 @@ def alone_on(model: Any) -> Iterator[None]:
     with _NEW_LOCK:
         lock = _LOCKS.setdefault(model, threading.RLock())
     with lock:
+        yield
+
+
+@contextmanager
+def changed(model: Any, changes: Iterable[tuple[Site, Callable[[Any], Any]]]) -> Iterator[None]:
+    """The model with a function at each place, which is given what the place shows.
+
+    What it returns stands there instead; None leaves it. Hooks added inside see the change.
+    """
+    with alone_on(model), ExitStack() as stack:
+        for site, change in changes:
+            if site.hooked:
+                hooks = [(site.name, lambda x, hook, change=change: change(x))]
+                stack.enter_context(model.hooks(fwd_hooks=hooks))
+            else:
+                handle = site.module.register_forward_hook(
+                    lambda _module, _args, output, change=change: change(output)
+                )
+                stack.callback(handle.remove)
         yield
