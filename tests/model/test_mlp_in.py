@@ -50,7 +50,7 @@ def parts_of(name):
 
     for write, inside in sublayers(reader):
         layer = write.layer
-        way_in, way_out = reader.mlp_in(layer, inside), reader.mlp(layer, inside, write.site)
+        way_in, way_out = reader.mlp_in(layer, inside), reader.mlp(write)
         found.append((write, way_in, way_out))
         point = "pre" if way_in.parallel else "mid"
         stream = reader.site(f"blocks.{layer}.hook_resid_{point}")
