@@ -104,8 +104,13 @@ def test_what_is_no_answer_is_refused():
         attribute_answer(model, tokens(), ["w5", "w6", "w7"])
     with pytest.raises(TokenError, match="context"):
         attribute_answer(model, tokens(), [5] * 200)
+    found = attribute_answer(model, tokens(), [5, 6, 7])
     with pytest.raises(ArgumentError, match="say which, with prompt="):
-        attribute_answer(model, tokens(), [5, 6, 7]).top()
+        found.top()
+    with pytest.raises(ArgumentError, match="k must be at least 1; -1 was given"):
+        found.top(-1, prompt=0)
+    with pytest.raises(ArgumentError, match="prompt must be one of the result's 2; 3 was given"):
+        found.top(prompt=3)
 
 
 # ---- each token's own baseline, probability and rank -------------------------------------------
@@ -167,6 +172,10 @@ def test_options_of_generate_are_passed_on_and_what_does_not_fit_is_refused():
     with torch.no_grad():
         stop = int(model(prompt)[0, -1].argmax())
     assert len(attribute_completion(model, prompt, eos_token_id=stop).answers[0]) == 1
+    with pytest.raises(ArgumentError, match="untl= is no argument .* it has none of that name"):
+        attribute_completion(model, prompt, untl="head")
+    with pytest.raises(ArgumentError, match="do_sample= .* the completion is there already"):
+        attribute_completion(model, prompt, "w5", do_sample=True)
     with pytest.raises(TokenError, match="max_new_tokens must be 1 to"):
         attribute_completion(model, prompt, max_new_tokens=1000)
     with pytest.raises(TokenError, match="One prompt is completed at a time; 2 were given"):

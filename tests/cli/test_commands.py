@@ -310,6 +310,10 @@ def test_a_dataset_has_the_means_of_its_prompts(run, folder, tmp_path, capsys):
     main(["summarize", out, "--top", "3"])
     assert capsys.readouterr().out == text
     assert "3 prompts" in text
+    table = text[text.index("model's own logit difference") :].splitlines()
+    means = {"all": logits.mean(), "w3": logits[2], "w5": logits[0], "w50": logits[1]}
+    expected = [[group, f"{float(value):+.4f}"] for group, value in means.items()]
+    assert [line.split()[:2] for line in table[1:5]] == expected
     assert "1 examples left out; example 3: The answer 'w8 w9' is 2 tokens" in text
     main(["summarize", out, "--json"])
     again = json.loads(capsys.readouterr().out)

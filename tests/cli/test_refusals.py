@@ -26,6 +26,7 @@ IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which m
         (["attribute", PROMPT, "--out", "/no/such/a.csv"], "there is no folder /no/such"),
         (["attribute", PROMPT, "--out", "/"], "'/' is a folder"),
         (["attribute", PROMPT, "--device", "cuda:99"], "--device 'cuda:99' cannot be used"),
+        (["attribute", PROMPT, "--max-new-tokens", "3"], "is for --completion without TEXT"),
         (["attribute", PROMPT, "--device", "gpu"], "--device 'gpu' cannot be used"),
         (["attribute", PROMPT, "--top", "0"], "'0' is not a whole number of 1 or more"),
         (["attribute", PROMPT, "--json", "--csv"], "not allowed with argument"),

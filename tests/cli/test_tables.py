@@ -119,6 +119,17 @@ def test_a_completion_is_attributed_token_by_token_and_summed(run, folder):
     assert run(*given, "--csv").count("\n") == len(answer.to_dataframe()) + 1
 
 
+def test_a_completion_may_be_shorter_than_its_baseline(run, folder):
+    given = ["attribute", PROMPT, "--completion", "w8", "--incorrect", "w60 w7 w9"]
+    with pytest.warns(UserWarning, match="has 1 tokens and its baseline 3"):
+        answer = attribute_answer(load_model(folder), PROMPT, "w8", "w60 w7 w9")
+    record = json.loads(run(*given, "--json"))
+    assert record["logit"] == float(answer.logit)
+    assert [one["token"] for one in record["answer"]] == ["w8"]
+    assert [step["tokens"] for step in record["steps"]] == [["w8"], ["w60", "w7", "w9"]]
+    assert "probability 'w8' " in run(*given)
+
+
 @pytest.mark.parametrize("baseline", ["mean", "runner-up"])
 def test_what_the_model_says_is_attributed_where_no_text_is_given(run, folder, tmp_path, baseline):
     given = ["attribute", PROMPT, "--max-new-tokens", "5", "--incorrect", baseline, "--completion"]
@@ -149,6 +160,7 @@ def answer_page(answer, folder):
     [
         (["--incorrect-id", "5"], "--completion is compared with one text"),
         (["--incorrect", "w5", "--incorrect", "w6"], "--completion is compared with one text"),
+        (["--max-new-tokens", "3"], "--max-new-tokens is for --completion without TEXT"),
         (["--audit"], "--audit does not go with --completion"),
         (["--pos", "0"], "--pos does not go with --completion"),
     ],

@@ -20,6 +20,7 @@ from tests.zoo.build import (
     tokens,
 )
 from tl_dla import (
+    ArgumentError,
     copy_suppression,
     direct_logit_attribution,
     erasures,
@@ -179,6 +180,16 @@ def test_without_a_copy_of_the_answer_there_is_nothing_to_suppress() -> None:
     assert not (tokens() == 1).any()
     copied = copy_suppression(result)
     assert set(copied[~copied.isnan()].tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("of_rows", [copy_suppression, erasures])
+def test_rows_that_there_are_not_are_refused(of_rows) -> None:
+    result = direct_logit_attribution(boot("llama"), tokens(), 1, 2, unit="head")
+    with pytest.raises(KeyError, match="No row 'L9H9'; the rows are L0H0"):
+        of_rows(result, ["L0H0", "L9H9"])
+    for rows in ([], "L0H0"):
+        with pytest.raises(ArgumentError, match="Give a list of the labels of rows; got"):
+            of_rows(result, rows)
 
 
 def test_answers_of_their_own_position_have_copies_of_their_own() -> None:

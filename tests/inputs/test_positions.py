@@ -7,6 +7,7 @@ import torch
 from tests.support.models import load
 from tests.zoo.build import tokens
 from tl_dla import direct_logit_attribution
+from tl_dla.errors import ArgumentError
 from tl_dla.inputs.positions import read_positions, slice_class
 from tl_dla.inputs.tokens import read_prompts
 
@@ -46,6 +47,16 @@ def test_positions_are_those_of_transformer_lens(model, pos, expected):
     logits = model(tokens())[:, :, 5].detach()
     torch.testing.assert_close(result.logit, logits[:, expected], atol=1e-5, rtol=0)
     torch.testing.assert_close(result.attribution.sum(0), logits[:, expected], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "pos",
+    [(), (1, 2, 3, 4), ("a", "b"), slice(0, 3, 0), torch.zeros(0, dtype=torch.long), 1j],
+    ids=str,
+)
+def test_what_is_no_position_is_refused(model, pos):
+    with pytest.raises(ArgumentError, match="pos must be an integer, a list of integers, a slice"):
+        direct_logit_attribution(model, tokens(), 5, pos=pos)
 
 
 def test_positions_count_from_the_end_of_each_prompt(model):

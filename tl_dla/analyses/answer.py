@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.core.certificate import Reconstruction
+from tl_dla.core.choice import read_choice
 from tl_dla.core.files import write_page
 from tl_dla.core.ranking import ranked, rows_to_rank
 from tl_dla.core.result import Attribution
@@ -146,13 +147,14 @@ class AnswerAttribution(Savable):
             prompt: which prompt of a batch.
 
         Raises:
-            ArgumentError: where there are several prompts and none is chosen; for a kind that there
-                is not, or k < 1.
+            ArgumentError: where there are several prompts and none is chosen; for a kind or a
+                prompt that there is not, or k < 1.
         """
         if prompt is None and len(self.answers) > 1:
             raise ArgumentError(f"There are {len(self.answers)} prompts: say which, with prompt=.")
         rows = rows_to_rank(self.kinds, kind, k, "magnitude")
-        values = self.attribution[rows, prompt or 0]
+        chosen = read_choice(self.steps.query, prompt or 0, None, None)
+        values = self.attribution[rows, chosen.prompt]
         return ranked(values, [self.labels[row] for row in rows], k, "magnitude", largest=True)
 
     def with_model(self, model: Any) -> "AnswerAttribution":

@@ -7,12 +7,13 @@ have another length. A sum of logits is not a log-probability: a step that all t
 too, which a baseline of the same length takes away in part.
 """
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -164,7 +165,8 @@ def attribute_completion(
         )
     about = _About.of(model, unit, layers, heads, top_neurons, check)
     model, role = about.model, "assistant" if is_conversation(prompt) else "answer"
-    if completion is None and is_conversation(prompt) and prompt[-1].get("role") == role:
+    _require_options(model, generate, said=completion is not None or _is_answered(prompt))
+    if completion is None and _is_answered(prompt):
         start, ids, segments = _answered(model, prompt)
     else:
         start, segments = read_start(model, prompt, prepend_bos)
@@ -174,6 +176,22 @@ def attribute_completion(
             [ids] = _answers(model, completion, 1, "completion")
         segments = [*segments, *[role] * len(ids)]
     return about.attribute([start], [ids], [segments], against=baseline)
+
+
+def _is_answered(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    """Whether it is a conversation that ends with the assistant's message."""
+    return is_conversation(prompt) and prompt[-1].get("role") == "assistant"
+
+
+def _require_options(model: Any, options: Mapping[str, Any], said: bool) -> None:
+    """Raise for what `model.generate` would leave out without a word: a mistyped argument."""
+    known = inspect.signature(model.generate).parameters
+    for name in options:
+        if said or name not in known:
+            reason = "the completion is there already" if said else "it has none of that name"
+            raise ArgumentError(
+                f"{name}= is no argument of attribute_completion, and for model.generate {reason}."
+            )
 
 
 def _answered(

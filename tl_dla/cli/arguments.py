@@ -62,7 +62,6 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "how many tokens the model says at most, for --completion without TEXT (default 32)",
         "N",
         type=_count,
-        default=32,
     ),
     "--incorrect": _flag(f"a token to compare with; {_MEAN}", "TOKEN", action="append"),
     "--incorrect-id": _flag("the same, by id", "ID", dest="incorrect", action="append", type=int),

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 def attribute(args: argparse.Namespace) -> Output:
     """`tl-dla attribute`."""
     require_writable(args, page=args.completion is not None)
+    if args.max_new_tokens is not None and args.completion is not GENERATED:
+        raise ArgumentError("--max-new-tokens is for --completion without TEXT.")
     if args.completion is not None:
         answer = completed(args)
         other = answer.baseline_steps
@@ -200,9 +202,9 @@ def completed(args: argparse.Namespace) -> "AnswerAttribution":
     model, options = load(args), dict(unit=args.unit, layers=args.layers, heads=args.heads)
     if args.completion is not GENERATED:
         return attribute_answer(model, args.prompt, args.completion, baseline, **options)
-    return attribute_completion(
-        model, args.prompt, max_new_tokens=args.max_new_tokens, baseline=baseline, **options
-    )
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    return attribute_completion(model, args.prompt, baseline=baseline, **options)
 
 
 def asked(model: Any, args: argparse.Namespace) -> str | int:
@@ -238,7 +240,8 @@ def load(args: argparse.Namespace) -> Any:
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:  # the latter: "not compiled with CUDA"
-            raise ArgumentError(f"--device {args.device!r} cannot be used: {error}") from error
+            reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch goes on for pages
+            raise ArgumentError(f"--device {args.device!r} cannot be used: {reason}") from error
     if sys.stderr.isatty():
         tell(f"{args.subcommand}: loading {args.model} …")
     else:
@@ -262,9 +265,11 @@ def next_token(
 
 def said(answer: "AnswerAttribution") -> list[Prediction]:
     """How likely the model found each token of an answer, as it was attributed."""
-    ids = answer.steps.targets.ids[0, :, 0].tolist()
-    columns = ids, answer.answers[0], answer.log_probs[0].exp().tolist(), answer.ranks[0].tolist()
-    return [Prediction(*one) for one in zip(*columns, strict=True)]
+    n = len(answer.answers[0])  # a text as baseline may have more tokens
+    numbers = answer.steps.targets.ids[0, :n, 0], answer.log_probs[0, :n].exp(), answer.ranks[0, :n]
+    ids, probabilities, ranks = (x.tolist() for x in numbers)
+    rows = zip(ids, answer.answers[0], probabilities, ranks, strict=True)
+    return [Prediction(*one) for one in rows]
 
 
 def predictions(result: Attribution) -> list[list[Prediction]]:

@@ -150,9 +150,9 @@ def dataset_table(summary: "DatasetAttribution", top: int) -> RenderableType:
     table = _table("row", *columns, "")
     for row, bar in zip(rows, _bars([row.mean for row in rows]), strict=True):
         table.add_row(Text(row.label), *_statistics(row), bar)
-    logits = _table("model's own logit", *columns, "prompts")
+    logits = _table(f"model's own {summary.quantity}", *columns, "prompts")
     frame = summary.to_dataframe()
-    for line in frame[frame["label"] == "logit"].itertuples():
+    for line in frame[frame["kind"] == "logit"].itertuples():
         logits.add_row(Text(f"{line.group}"), *_statistics(line), f"{line.n:,}")
     notes = [f"Σ|row| is {summary.gross_to_net:.1f} times |Σ row|"]
     if summary.skipped:

@@ -197,6 +197,15 @@ def require_result(result: Any) -> None:
         )
 
 
+def require_rows(result: LabelledRows, rows: Sequence[str]) -> list[str]:
+    """These rows of the result; raise unless each is one of it, and there is one."""
+    if isinstance(rows, str) or not list(rows):
+        raise ArgumentError(f"Give a list of the labels of rows; got {rows!r}.")
+    for row in rows:
+        result.index(row)  # an unknown label has its own message
+    return list(rows)
+
+
 def require_heads(result: LabelledRows) -> None:
     """Raise unless the result has head rows."""
     require_result(result)

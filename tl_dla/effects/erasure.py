@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.labelled import require_result
+from tl_dla.core.labelled import require_result, require_rows
 from tl_dla.core.result import Attribution
 from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
@@ -171,7 +171,8 @@ def erasures(
         stack: what the rows wrote, where it is at hand (`decompose`); else the model runs once.
 
     Raises:
-        ArgumentError: for a row that is no writer, or another unit.
+        ArgumentError: for no row or a row that is no writer, or another unit.
+        KeyError: for a row that the result does not have.
 
     Example:
         >>> from tl_dla import direct_logit_attribution, load_model
@@ -187,8 +188,7 @@ def erasures(
     kinds = dict(zip(result.labels, result.kinds, strict=True))
     if writers is None:
         writers = [label for label in stack.labels if kinds.get(label, "rest") not in _NO_WRITERS]
-    for label in writers:
-        result[label]  # an unknown label has its own message
+    for label in require_rows(result, writers):
         if kinds[label] in _NO_WRITERS or label not in stack.labels:
             raise ArgumentError(f"Row {label!r} (kind {kinds[label]!r}) writes nothing of its own.")
     shared = [label for label in stack.labels if label in kinds]

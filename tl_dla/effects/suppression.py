@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.labelled import require_result
+from tl_dla.core.labelled import require_result, require_rows
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, again
 from tl_dla.inputs.selection import Selection
@@ -36,7 +36,8 @@ def copy_suppression(
         answer; NaN for rows that are not heads and heads whose mean row is positive.
 
     Raises:
-        ArgumentError: for a result made from a cache without its input.
+        ArgumentError: for a result made from a cache without its input, and for no row.
+        KeyError: for a row that the result does not have.
         UnsupportedModelError: where the model's heads cannot be split by source token.
 
     Example:
@@ -48,12 +49,12 @@ def copy_suppression(
         True
     """
     require_result(result)
-    rows = result.labels if rows is None else rows
-    keys = dict(zip(result.labels, result.keys, strict=True))
+    rows = result.labels if rows is None else require_rows(result, rows)
+    keys = {row: result.keys[result.index(row)] for row in rows}
     heads = {
-        (keys[row].layer or 0, keys[row].index or 0): row
-        for row in rows
-        if row in keys and keys[row].kind == "head" and float(result[row].nanmean()) < 0
+        (key.layer or 0, key.index or 0): row
+        for row, key in keys.items()
+        if key.kind == "head" and float(result[row].nanmean()) < 0
     }
     nothing = torch.full_like(result.logit, torch.nan)
     if not heads:

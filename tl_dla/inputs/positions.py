@@ -88,16 +88,19 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
 
     Raises:
         TokenError: for a position that a prompt does not have.
+        ArgumentError: for what is no position.
     """
     if isinstance(pos, slice_class()):
         pos = pos.slice
-    if isinstance(pos, tuple):
-        pos = slice(*pos)
     if pos is None:
         pos = slice(None)
     lengths, single = prompts.length.tolist(), False
-    if isinstance(pos, slice):
-        rows = [list(range(n))[pos] for n in lengths]
+    if isinstance(pos, tuple | slice):
+        try:
+            pos = slice(*pos) if isinstance(pos, tuple) else pos
+            rows = [list(range(n))[pos] for n in lengths]
+        except (TypeError, ValueError) as error:  # no or four numbers, texts, a step of 0
+            raise _refusal(pos) from error
         if not all(rows):
             raise TokenError(f"pos={pos!r} selects no position of prompt {rows.index([])}.")
     else:
@@ -124,9 +127,14 @@ def _integers(pos: Any) -> Int[Tensor, "..."]:
     """One integer, or a row of them."""
     with suppress(TypeError, ValueError, RuntimeError):
         wanted = torch.as_tensor(pos)
-        if wanted.dtype != torch.bool and not wanted.is_floating_point() and wanted.ndim < 2:
+        counted = wanted.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        if counted and wanted.ndim < 2 and wanted.numel():
             return wanted
-    raise ArgumentError(
+    raise _refusal(pos)
+
+
+def _refusal(pos: Any) -> ArgumentError:
+    return ArgumentError(
         f"pos must be an integer, a list of integers, a slice or None; {pos!r} was given."
     )
 
