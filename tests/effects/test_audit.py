@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -197,16 +194,7 @@ def test_smollm2s_ioi_prompts() -> None:
     assert table.loc["L24H4", "copy_suppression"] and not table.loc["L29H0", "copy_suppression"]
 
 
-@contextmanager
-def unchecked_types():
-    """As users run the package: a wrong literal reaches the function's own check."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
+@pytest.mark.usefixtures("unchecked")
 def test_refusals_say_what_to_do() -> None:
     result = attributed("gpt2")
     for call, fragment in [
@@ -228,10 +216,9 @@ def test_refusals_say_what_to_do() -> None:
     ]:
         with pytest.raises(ArgumentError, match=fragment.replace("(", r"\(")):
             call()
-    with unchecked_types():
-        for option in ({"at": "last"}, {"ablation": "noise"}):
-            with pytest.raises(ArgumentError, match="must be"):
-                ablate(result, ["L0H1"], **option)
+    for option in ({"at": "last"}, {"ablation": "noise"}):
+        with pytest.raises(ArgumentError, match="must be"):
+            ablate(result, ["L0H1"], **option)
     one = direct_logit_attribution(result.model, tokens(1), 5, 7, unit="head")
     for ablation, fragment in {"mean": "own activation", "resample": "another prompt"}.items():
         with pytest.raises(ArgumentError, match=fragment):

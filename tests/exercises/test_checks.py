@@ -74,14 +74,15 @@ def test_every_exercise_has_mistakes_and_an_undone_state(name, monkeypatch, less
 
 
 def test_what_the_checks_call_right_adds_up_to_what_the_model_returned(lesson):
-    from tl_dla.exercises.reference import accumulated, heads, ledger, split
+    from tl_dla.exercises.norm import all_rows, layer_norm_split
+    from tl_dla.exercises.reference import heads
 
     logits, prompt = lesson.logits[:, -1].double(), torch.arange(3)
     expected = logits[prompt, lesson.correct] - logits[prompt, lesson.incorrect]
-    torch.testing.assert_close(ledger(lesson).sum(0), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(all_rows(lesson, over="none").sum(0), expected, atol=2e-5, rtol=0)
     cache = lesson.cache
     for pos in (-1, 3):
-        rows = split(lesson, accumulated(lesson, pos)[-1:], pos)
+        rows = layer_norm_split(lesson, pos)
         normed = cache["unembed.hook_in"][:, pos].double()
         torch.testing.assert_close(rows.sum(0), normed, atol=1e-5, rtol=0)
     attn = torch.stack(

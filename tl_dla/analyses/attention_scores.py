@@ -267,8 +267,7 @@ class Score:
         index = self.query.positions.index.tolist()
         if not prompts.known:
             return [tuple(map(str, places)) for places in index]
-        own = zip(prompts.packed, prompts.length.tolist(), strict=True)
-        tokens = [pieces(model, row[:length]) for row, length in own]
+        tokens = [pieces(model, ids) for ids in prompts.rows]
         return [tuple(tokens[b][i] for i in places) for b, places in enumerate(index)]
 
     def _subject(self) -> Subject:

@@ -83,5 +83,5 @@ def read_start(
             f"One prompt is completed at a time; {len(given.length)} were given:"
             " attribute_answer takes several, with an answer for each."
         )
-    ids = given.packed[0, : int(given.length[0])]
+    [ids] = given.rows
     return ids, ["prompt"] * len(ids)

@@ -108,7 +108,7 @@ def _require_one_architecture(a: Any, b: Any) -> None:
 def sides(a: Query, b: Query) -> tuple[str, str]:
     """What a and b are, in the words in which they differ."""
     one = len(a.prompts.length) == 1 and a.has_tokens and b.has_tokens
-    texts = [text_of(q.model, q.prompts.packed[0, : int(q.prompts.length[0])]) for q in (a, b)]
+    texts = [text_of(q.model, q.prompts.rows[0]) for q in (a, b)]
     if one and texts[0] != texts[1]:
         return f"a: {texts[0]}", f"b: {texts[1]}"
     names = [str(getattr(q.model.cfg, "model_name", "")) for q in (a, b)]

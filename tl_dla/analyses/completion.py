@@ -89,7 +89,7 @@ def attribute_answer(
     """
     about = _About.of(model, unit, layers, heads, top_neurons, check)
     given = read_prompts(about.model, prompt, prepend_bos=prepend_bos)
-    starts = [row[: int(n)] for row, n in zip(given.packed, given.length, strict=True)]
+    starts = given.rows
     answers = _answers(about.model, answer, len(starts), "answer")
     segments = [["prompt"] * len(start) for start in starts]
     against = next(

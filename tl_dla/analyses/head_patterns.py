@@ -162,12 +162,12 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
 
 def _tokens(result: Attribution) -> tuple[Int[Tensor, "batch pos"], list[list[str]]]:
     """The prompts' tokens, as ids and as text; their positions, where a cache came without them."""
-    tokens, lengths = result.prompts.packed, result.prompts.length.tolist()
+    tokens = result.prompts.packed
     if not result.has_tokens:
         places = torch.arange(tokens.shape[1], device=tokens.device)
+        lengths = result.prompts.length.tolist()
         return places.expand_as(tokens), [[str(i) for i in range(n)] for n in lengths]
-    rows = zip(tokens, lengths, strict=True)
-    return tokens, [pieces(result.model, ids[:n]) for ids, n in rows]
+    return tokens, [pieces(result.model, ids) for ids in result.prompts.rows]
 
 
 def _require_row(result: Attribution, label: str, part: Reconstruction, cache: Any) -> None:

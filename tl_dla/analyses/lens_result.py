@@ -238,7 +238,7 @@ class LogitLens:
             x = self.entropy.new_zeros(*self.entropy.shape, 0) if x is None else x
             return x[:, prompt, valid].detach().cpu().double().numpy()
 
-        ids = self.prompts.packed[prompt, : int(self.prompts.length[prompt])]
+        ids = self.prompts.rows[prompt]
         words, index = pieces(self.model, ids), self.positions.index[prompt, valid].tolist()
         asked = torch.empty(1, 1, 0, dtype=torch.long)
         asked = asked if self.targets is None else self.targets.ids

@@ -74,15 +74,12 @@ class HeadPattern:
             prompt: of which prompt.
             position: from which of the attributed positions, an index into them.
         """
-        rows, moved = (self._whole(x)[prompt] for x in (self.row, self.contributions))
+        whole = self.positions.unsqueeze
+        rows, moved = whole(self.row)[prompt], whole(self.contributions)[prompt]
         at = self.positions.valid[prompt].nonzero()[position, 0]
         n = len(self.tokens[prompt])
         order = rows[at, :n].argsort(descending=True, stable=True)[:k].tolist()
         return [(self.tokens[prompt][i], i, float(rows[at, i]), float(moved[at, i])) for i in order]
-
-    def _whole(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *key"]:
-        """With the axis of positions, also where one position was asked for."""
-        return x.unsqueeze(1) if self.positions.single else x
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A tidy table: a line per prompt × attributed position × source token.
@@ -93,7 +90,9 @@ class HeadPattern:
         """
         import pandas as pd
 
-        row, moved, value = (self._whole(x) for x in (self.row, self.contributions, self.value))
+        row, moved, value = map(
+            self.positions.unsqueeze, (self.row, self.contributions, self.value)
+        )
         frames = []
         for b, p in self.positions.valid.nonzero().tolist():
             n = len(self.tokens[b])

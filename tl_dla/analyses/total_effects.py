@@ -151,7 +151,7 @@ def effects(result: Attribution, unit: EffectUnit, lines: Lines | None, mlp: Rul
         with exact():
             shown = _Shown(unit)
             pull_all(once, network, directions(once), shown)
-        keys, values = shown.joined(result.values.shape[2:])
+        keys, values = shown.joined(network.reader.stream().writes, result.values.shape[2:])
     return Effects(values, keys, unit, lines, result.query)
 
 
@@ -178,31 +178,26 @@ class _Shown:
             row = rearrange(effect, "batch source target row -> row batch target source")
             self.found.setdefault(step, []).append(row)
 
-    def joined(self, shape: Sequence[int]) -> tuple[list[RowKey], Tensor]:
-        """Every row in the order of the network; `shape` is of the targets."""
+    def joined(
+        self, writes: Sequence[Write], shape: Sequence[int]
+    ) -> tuple[list[RowKey], Float[Tensor, "row batch pos candidate source"]]:
+        """The rows of all writes, in their order; `shape` is of the targets."""
         _require_rows(self.unit, self.found)
         last = max(x.shape[-1] for parts in self.found.values() for x in parts)
         keys: list[RowKey] = []
         values: list[Tensor] = []
-        for step, parts in reversed(self.found.items()):
-            padded = [pad(x, (0, last - x.shape[-1])) for x in parts]
-            values.append(torch.cat(padded, 2).unflatten(2, tuple(shape)))
-            keys += _keys(self.unit, step, len(values[-1]))
-        return _starts_first(keys, values)
+        for step in writes:
+            if step in self.found:
+                padded = [pad(x, (0, last - x.shape[-1])) for x in self.found[step]]
+                values.append(torch.cat(padded, 2).unflatten(2, tuple(shape)))
+                keys += _keys(self.unit, step, len(values[-1]))
+        return keys, torch.cat(values)
 
 
 def _keys(unit: EffectUnit, step: Write, n: int) -> list[RowKey]:
     if unit == "component":
         return [key_of(step)]
     return [RowKey(unit, step.layer, index=i) for i in range(n)]
-
-
-def _starts_first(keys: list[RowKey], values: list[Tensor]) -> tuple[list[RowKey], Tensor]:
-    """The embeddings before the layers: they are shown last, in their own order."""
-    every = torch.cat(values)
-    starts = [i for i, key in enumerate(keys) if key.layer is None]
-    order = [*reversed(starts), *(i for i in range(len(keys)) if i not in set(starts))]
-    return [keys[i] for i in order], every[order]
 
 
 # ---- tangents ----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def prompt_text(result: Shown, prompt: int) -> str:
 
 
 def _ids(result: Shown, prompt: int) -> Int[Tensor, " pos"]:
-    return result.query.prompts.packed[prompt, : int(result.query.prompts.length[prompt])]
+    return result.query.prompts.rows[prompt]
 
 
 def prompt_tokens(result: Shown, prompt: int) -> list[str]:

@@ -137,7 +137,7 @@ class Audit:
         lines = []
         for i, row in enumerate(self.rows):
             values = {
-                name: (x.unsqueeze(2) if positions.single else x)[i][tuple(places.T)].tolist()
+                name: positions.unsqueeze(x, 2)[i][tuple(places.T)].tolist()
                 for name, x in parts.items()
             }
             where = {"prompt": places[:, 0].tolist(), "position": index}

@@ -97,7 +97,7 @@ def ablate(
         For each row its ablated run's attribution: `.logit`, `.attribution` and all the rest.
 
     Raises:
-        ArgumentError: for a row that is not written at one place (biases, rests, residual sights),
+        ArgumentError: for a row that is not written at one place (biases, rests, residual points),
             for a reference that does not fit, for a result made from a cache without its input.
         ReconstructionError: where an ablated run's rows do not add up to its logit.
 

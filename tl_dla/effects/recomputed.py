@@ -109,7 +109,7 @@ class FinalLogits:
         self._require_linear_mean()
         self.parts = of_query(result.query, "component", Selection())
         self.norm = self.reader.stream().norm
-        x = self._with_axes(stack.vectors.sum(0, dtype=torch.float64))
+        x = self.result.positions.unsqueeze(stack.vectors.sum(0, dtype=torch.float64))
         self.x, self.x_w = self._kept(x), self.parts.readout.contract(x)
         self.constant = sum((self._bias(key) for key in (LN_FINAL_B, B_U)), 0.0)
         self.raw = self.x_w / self._scale(None)[..., None] + self.constant
@@ -119,7 +119,7 @@ class FinalLogits:
         self, vector: Float[Tensor, "*batch_and_pos d_model"]
     ) -> Float[Tensor, "*batch_and_pos"]:
         """The logit, less that of the stream without this vector, the norm rescaling."""
-        c = self._with_axes(vector.double())
+        c = self.result.positions.unsqueeze(vector.double())
         left = (self.x_w - self.parts.readout.contract(c)) / self._scale(self._kept(c))[..., None]
         return self._change(left + self.constant)
 
@@ -132,10 +132,6 @@ class FinalLogits:
         model = self.result.model
         change = output_transform(model, self.raw) - output_transform(model, raw)
         return added_up(self.result, change).to(self.result.attribution.dtype)
-
-    def _with_axes(self, vector: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        """With the position axis, where the result dropped it."""
-        return vector.unsqueeze(1) if self.result.positions.single else vector
 
     def _scale(
         self, without: Float[Tensor, "batch pos d_model"] | None

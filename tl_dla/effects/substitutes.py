@@ -85,13 +85,12 @@ def substitutes(
 
 def _reference_mask(result: Attribution, prompts: Prompts, at: At) -> Bool[Tensor, "batch pos"]:
     """The reference's tokens that correspond to the ablated ones, matched from the end."""
-    tokens = prompts.packed
-    index = torch.arange(tokens.shape[1], device=tokens.device)
     if at == "all":
-        return index < prompts.length[:, None]
+        return prompts.real
     if prompts is result.prompts:
         return ablated_tokens(prompts, result.positions, at)
     positions = result.positions
+    index = torch.arange(prompts.packed.shape[1], device=prompts.length.device)
     back = (result.prompts.length[:, None] - positions.index)[positions.valid].unique()
     if len(back) > positions.index.shape[1]:
         raise ArgumentError(

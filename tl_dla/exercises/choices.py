@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tl_dla.exercises.comparing import Mistake, tell, two_numbers
 from tl_dla.exercises.lesson import Lesson
-from tl_dla.exercises.reference import gamma_directions, heads, ledger, project
+from tl_dla.exercises.norm import all_rows
+from tl_dla.exercises.reference import gamma_directions, heads, project
 from tl_dla.input_attribution import attribute_inputs
 
 Head = tuple[int, ...]  # (layer, head)
@@ -141,7 +142,7 @@ def _first(true: Tensor) -> int:
 
 def check_adds_up(function: Callable[..., Any], lesson: Lesson) -> None:
     """True for what rounding explains, False for anything more."""
-    rows = ledger(lesson).mean(-1).float()
+    rows = all_rows(lesson).float()
     total = lesson.logit_diff
 
     def says(rows: Tensor, expected: float) -> bool:

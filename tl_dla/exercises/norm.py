@@ -94,10 +94,11 @@ def check_layer_norm_split(function: Function, lesson: Lesson) -> None:
             *scale_slips(lesson, pos),
         ]
         given = function(components(lesson, pos).float(), lesson.model, lesson.cache, pos)
-        compare(given, partial(_split, lesson, pos), slips, "row + 1, batch, d_model")
+        compare(given, partial(layer_norm_split, lesson, pos), slips, "row + 1, batch, d_model")
 
 
-def _split(lesson: Lesson, pos: int, /, **wrong: Any) -> Tensor:
+def layer_norm_split(lesson: Lesson, pos: int, /, **wrong: Any) -> Tensor:
+    """What each component and then β is of the final norm's output."""
     (gamma, bias), stack = gamma_beta(lesson), components(lesson, pos)
     centre, beta = wrong.get("centre"), wrong.get("beta")
     x = stack if centre else stack - stack.mean(-1, keepdim=True)
@@ -131,10 +132,11 @@ def check_all_rows(function: Function, lesson: Lesson) -> None:
         *scale_slips(lesson),
     ]
     given = function(lesson.model, lesson.cache, lesson.correct, lesson.incorrect)
-    compare(given, partial(_all_rows, lesson), slips, "component + 2", total="the logit difference")
+    compare(given, partial(all_rows, lesson), slips, "component + 2", total="the logit difference")
 
 
-def _all_rows(lesson: Lesson, /, **wrong: Any) -> Tensor:
+def all_rows(lesson: Lesson, /, **wrong: Any) -> Tensor:
+    """Every component, β and b_U, in logits."""
     unembed, bias = unembed_directions(lesson), gamma_beta(lesson)[1]
     one_by_one = {"power": 1, **wrong, "over": "none"}
     stack = components(lesson, wrong.get("at", -1))

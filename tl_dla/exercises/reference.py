@@ -119,18 +119,3 @@ def reduced(rows: Float[Tensor, "*row batch"], over: Over = "mean") -> Float[Ten
     if over == "rows":
         return rows.mean()
     return rows if over == "none" else rows.mean(-1)
-
-
-def split(
-    lesson: Lesson, stack: Float[Tensor, "row batch d_model"], pos: int = -1
-) -> Float[Tensor, "row_and_beta batch d_model"]:
-    """What each row and then β is of the final norm's output."""
-    gamma, beta = gamma_beta(lesson)
-    rows = (stack - stack.mean(-1, keepdim=True)) / scale_at(lesson, pos)[:, None] * gamma
-    return torch.cat([rows, beta.expand_as(rows[:1])])
-
-
-def ledger(lesson: Lesson) -> Float[Tensor, "row batch"]:
-    """Every component, β and b_U, in logits; the columns sum to each prompt's logit difference."""
-    rows = split(lesson, components(lesson)) * unembed_directions(lesson)
-    return torch.cat([rows.sum(-1), bias_diff(lesson)[None]])

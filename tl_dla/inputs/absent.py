@@ -147,11 +147,11 @@ def _texts(tokenizer: Any, prompts: Prompts, targets: Int[Tensor, "..."]) -> Tex
         return None
     listening = _Listening(tokenizer)
     model = SimpleNamespace(tokenizer=listening)
-    packed = prompts.packed.cpu()
-    token_strings(model, torch.cat([packed.flatten(), targets.flatten().cpu()]).unique())
-    for row, length in zip(packed, prompts.length.tolist(), strict=True):
-        text_of(model, row[:length])
-        pieces(model, row[:length])
+    every = [prompts.packed.flatten().cpu(), targets.flatten().cpu()]
+    token_strings(model, torch.cat(every).unique())
+    for ids in prompts.rows:
+        text_of(model, ids)
+        pieces(model, ids)
     return listening.known
 
 

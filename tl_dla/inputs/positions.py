@@ -53,6 +53,10 @@ class Positions:
         """Drop the position axis where one position was asked for."""
         return x.squeeze(axis) if self.single else x
 
+    def unsqueeze(self, x: Float[Tensor, "..."], axis: int = 1) -> Float[Tensor, "..."]:
+        """With the position axis, also where one position was asked for."""
+        return x.unsqueeze(axis) if self.single else x
+
     def mask(self, width: int) -> Bool[Tensor, "batch {width}"]:
         """Which tokens they are, of prompts packed in that width."""
         mask = torch.zeros(len(self.index), width, dtype=torch.bool, device=self.index.device)
@@ -167,7 +171,7 @@ def read_places(
 
 def _find(model: Any, prompts: Prompts, row: int, text: str) -> int:
     require_tokenizer(model, "positions")
-    texts = token_strings(model, prompts.packed[row, : int(prompts.length[row])])
+    texts = token_strings(model, prompts.rows[row])
     places = [place for place, token in enumerate(texts) if token == text]
     if len(places) != 1:
         at = f" (positions {', '.join(map(str, places))})" if places else ""

@@ -75,7 +75,7 @@ class Query:
     def with_axes(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row batch pos candidate"]:
         """The same with all its axes."""
         x = x if self.has_batch else x.unsqueeze(1)
-        x = x.unsqueeze(2) if self.positions.single else x
+        x = self.positions.unsqueeze(x, 2)
         return x if self.targets.candidates is not None else x[..., None]
 
 

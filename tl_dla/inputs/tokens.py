@@ -59,6 +59,11 @@ class Prompts:
         longest = self.width or int(self.length.max())
         return torch.arange(longest, device=self.length.device) < self.length[:, None]
 
+    @property
+    def rows(self) -> list[Int[Tensor, " _"]]:
+        """Each prompt's own tokens."""
+        return [row[:n] for row, n in zip(self.packed, self.length.tolist(), strict=True)]
+
     def part(self, rows: slice | Int[Tensor, " row"]) -> "Prompts":
         """Some of the prompts, as wide as all of them."""
         tokens = self.packed
