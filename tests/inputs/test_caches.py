@@ -100,6 +100,14 @@ def test_a_cache_may_be_a_dict(model):
     assert not read_cache(model, single).has_batch_dim
 
 
+@pytest.mark.parametrize(
+    ("prompts", "sentence"), [([], "The prompt is empty"), (["w5", 7], "a list held a int")]
+)
+def test_what_is_no_prompt_is_one_sentence_beside_a_cache_too(model, prompts, sentence):
+    with pytest.raises(TokenError, match=sentence):
+        direct_logit_attribution(model, prompts, 5, cache=cache_of(model, tokens()))
+
+
 def test_what_is_no_cache_is_one_sentence(model):
     pair = model.run_with_cache(tokens())
     for given, name in [(pair, "tuple"), (pair[0], "Tensor"), ("cache", "str")]:

@@ -1,7 +1,7 @@
 """A supplied cache: read as an `ActivationCache`, and held to the model and the input."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_dla.errors import ArgumentError, IncompleteCacheError, TokenError
 from tl_dla.inputs.models import device_of
-from tl_dla.inputs.tokens import Input, Prompts, read_prompts
+from tl_dla.inputs.tokens import Input, Prompts, read_prompts, texts_of
 from tl_dla.model.hooks import alone_on
 
 # Activations whose second axis is positions.
@@ -95,7 +95,7 @@ def read_cached_prompts(
         tokens = torch.zeros(shape, dtype=torch.long, device=device_of(model))
         length = torch.full(shape[:1], shape[1], device=tokens.device)
         return Prompts(tokens, torch.zeros_like(length), length, known=False)
-    if isinstance(input, str) or isinstance(input, Sequence) and isinstance(input[0], str):
+    if texts_of(input):
         if attention_mask is not None:
             read_prompts(model, input, attention_mask=attention_mask)  # says what is wrong
         options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}

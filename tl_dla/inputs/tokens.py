@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.inputs.models import device_of
@@ -92,24 +93,18 @@ def read_prompts(
     if input is None:
         raise ArgumentError("Give either `input` to run the model on, or a `cache` of such a run.")
     given = _as_tokens(input)
-    if attention_mask is not None and not isinstance(given, Tensor):
-        raise ArgumentError(
-            "attention_mask says which tokens of a padded tensor are real; prompts as strings or"
-            " lists are padded by this call: leave the mask out, or give token ids [batch, pos]."
-        )
-    if isinstance(given, Tensor):
-        if attention_mask is None:
-            prompts = _from_tokens(model, given)
-        else:
-            prompts = _from_mask(model, given, torch.as_tensor(attention_mask))
+    if isinstance(given, list):
+        if attention_mask is not None:
+            raise ArgumentError(
+                "attention_mask says which tokens of a padded tensor are real; prompts as strings"
+                " or lists are padded by this call: leave the mask out, or give token ids"
+                " [batch, pos]."
+            )
+        prompts = _from_rows(model, given, prepend_bos)
+    elif attention_mask is None:
+        prompts = _from_tokens(model, given)
     else:
-        rows = [_read_row(model, prompt, prepend_bos) for prompt in given]
-        _question_spaces(model, given, rows)
-        length = torch.tensor([len(row) for row in rows], device=rows[0].device)
-        tokens = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=_pad_id(model)
-        )
-        prompts = Prompts(tokens, torch.zeros_like(length), length)
+        prompts = _from_mask(model, given, torch.as_tensor(attention_mask))
     _check_prompts(model, prompts)
     return prompts
 
@@ -146,6 +141,15 @@ def _is_id(token: Any) -> bool:
     return scalar or isinstance(token, Integral) and not isinstance(token, bool)
 
 
+def _from_rows(model: Any, given: list[Any], prepend_bos: bool | None) -> Prompts:
+    rows = [_read_row(model, prompt, prepend_bos) for prompt in given]
+    _question_spaces(model, given, rows)
+    length = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return Prompts(tokens, torch.zeros_like(length), length)
+
+
 def _read_row(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
     if isinstance(prompt, str):
         return _tokenize(model, prompt, prepend_bos)
@@ -179,10 +183,6 @@ def _question_spaces(model: Any, texts: Sequence[Any], rows: Sequence[Tensor]) -
                     stacklevel=3,
                 )
                 return
-
-
-def _pad_id(model: Any) -> int:
-    return getattr(model.tokenizer, "pad_token_id", None) or 0
 
 
 def require_tokenizer(model: Any, what: str) -> Any:
