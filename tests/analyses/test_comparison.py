@@ -10,7 +10,7 @@ import torch
 
 from tests.support.models import load
 from tests.support.plain import N_HEADS, NAMES, Plain, replacing
-from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
+from tests.zoo.build import ANSWERS, INCORRECT, bridge_of, build, tokens
 from tl_dla import (
     ArgumentError,
     ablate,
@@ -126,15 +126,12 @@ def attribute(model, ids, unit="head", **options):
 
 def tuned(name: str) -> tuple[object, Plain]:
     """Another model of the architecture: one matrix of layer 1 and the final norm were trained."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     model = Plain(name)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in (model.output_map(1).weight, model.norm.weight):
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    inner, folder = copy.deepcopy(model.model), str(build(name)[1])
-    return TransformerBridge.boot_transformers(folder, device="cpu", hf_model=inner), model
+    return bridge_of(build(name)[1], hf_model=copy.deepcopy(model.model)), model
 
 
 # ---- the split ---------------------------------------------------------------------------------

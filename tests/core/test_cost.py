@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.support.models import counted, either, load, of_4
-from tests.zoo.build import ANSWERS, INCORRECT, build, tokens
+from tests.zoo.build import ANSWERS, INCORRECT, bridge_of, build, tokens
 from tl_dla import direct_logit_attribution
 from tl_dla.core import run
 from tl_dla.core.readout import Readout
@@ -91,9 +91,8 @@ def test_weights_that_are_offloaded_are_brought_back(name, unit, tmp_path):
 def offloaded(name, folder):
     """A model whose blocks lie on disk until they run, as `device_map` leaves them."""
     import transformers
-    from transformer_lens.model_bridge import TransformerBridge
 
-    path = str(build(name)[1])
+    path = build(name)[1]
     inner = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     blocks = next(
         f"{prefix}.{part}"
@@ -112,7 +111,7 @@ def offloaded(name, folder):
         device_map=device_map,
         offload_folder=str(folder),
     )
-    return TransformerBridge.boot_transformers(path, device="cpu", hf_model=inner)
+    return bridge_of(path, hf_model=inner)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.zoo.build import boot, build, hf_reference
+from tests.zoo.build import boot, bridge_of, build, hf_reference
 from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.trace import Float64
 
@@ -69,13 +69,7 @@ def strong(name: str) -> tuple[nn.Module, nn.Module]:
                 parameter.mul_(2.5)
     if name in HOOKED:
         return plain, copy.deepcopy(plain)
-    pytest.importorskip("transformer_lens.model_bridge", reason="TransformerLens 2 has no bridge")
-    from transformer_lens.model_bridge import TransformerBridge
-
-    folder = str(build(name)[1])
-    inner = copy.deepcopy(plain)
-    options = dict(device="cpu", dtype=torch.float64, hf_model=inner)
-    return TransformerBridge.boot_transformers(folder, **options), plain
+    return bridge_of(build(name)[1], dtype=torch.float64, hf_model=copy.deepcopy(plain)), plain
 
 
 @contextlib.contextmanager
@@ -152,7 +146,4 @@ def with_tokenizer(name: str, tokenizer: PreTrainedTokenizerFast):
         model = hooked(name)
         model.set_tokenizer(tokenizer)
         return model
-    from transformer_lens.model_bridge import TransformerBridge
-
-    folder = str(build(name)[1])
-    return TransformerBridge.boot_transformers(folder, device="cpu", tokenizer=tokenizer)
+    return bridge_of(build(name)[1], tokenizer=tokenizer)

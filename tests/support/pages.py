@@ -9,20 +9,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.zoo.build import perturb
+from tests.zoo.build import bridge_of, perturb
 
 # What a user may write: markup, entities, quotes, templates, line ends.
 WORDS = ["the", "cat", "dog", "sat", "<script>alert(1)</script>", "&amp;", '"', "'", "{{plotly}}"]
-WORDS += [
-    "<img/src=x/onerror=window.hacked=1>",
-    "</script><b>",
-    "%{x}",
-    "$&",
-    "<!--",
-    "mat",
-    "on",
-    "a",
-]
+WORDS += ["<img/src=x/onerror=window.hacked=1>", "</script><b>", "%{x}", "$&", "<!--"]
+WORDS += ["mat", "on", "a"]
 NASTY = (
     "the cat <script>alert(1)</script> &amp; \" ' {{plotly}} </script><b>"
     " <img/src=x/onerror=window.hacked=1> %{x} $& <!-- the cat"
@@ -66,10 +58,7 @@ def hf_model(
 @functools.cache
 def bridge(n_layers: int = 3, n_heads: int = 5, d_head: int = 4, n_positions: int = 64) -> Any:
     """The same as a `TransformerBridge`; shared, so treat it as read-only."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    _, folder = hf_model(n_layers, n_heads, d_head, n_positions)
-    return TransformerBridge.boot_transformers(str(folder), device="cpu")
+    return bridge_of(hf_model(n_layers, n_heads, d_head, n_positions)[1])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,22 +94,18 @@ def boot(name: str, dtype: torch.dtype = torch.float32):
 
     The test is skipped where there is no bridge (TransformerLens 2).
     """
-    pytest.importorskip("transformer_lens.model_bridge", reason="TransformerLens 2 has no bridge")
-    from transformer_lens.model_bridge import TransformerBridge
+    if name not in NATIVE:
+        return bridge_of(build(name)[1], dtype=dtype)
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+    model = native_reference(name).to(dtype)
+    options = dict(tl_config=model.cfg, dtype=dtype, device="cpu")
+    return builder.build_bridge_from_module(model, "TransformerLensNative", **options)
 
-    if name in NATIVE:
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-        model = native_reference(name).to(dtype)
-        return build_bridge_from_module(
-            model,
-            architecture="TransformerLensNative",
-            tl_config=model.cfg,
-            dtype=dtype,
-            device="cpu",
-        )
-    _, folder = build(name)
-    return TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype)
+def bridge_of(folder: Path, **options: Any):
+    """A fresh `TransformerBridge` of a saved model; the test is skipped where there is none."""
+    lens = pytest.importorskip("transformer_lens.model_bridge", reason="not in TransformerLens 2")
+    return lens.TransformerBridge.boot_transformers(str(folder), device="cpu", **options)
 
 
 def hf_reference(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
