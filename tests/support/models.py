@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.zoo.build import boot, bridge_of, build, hf_reference
 from tests.zoo.hooked import HOOKED, hooked
-from tests.zoo.trace import Float64
+from tests.zoo.trace import all_in_float64 as all_in_float64
 
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0])
 of_3 = pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="HookedTransformer was removed in 4.0")
@@ -70,18 +70,6 @@ def strong(name: str) -> tuple[nn.Module, nn.Module]:
     if name in HOOKED:
         return plain, copy.deepcopy(plain)
     return bridge_of(build(name)[1], dtype=torch.float64, hf_model=copy.deepcopy(plain)), plain
-
-
-@contextlib.contextmanager
-def all_in_float64() -> Iterator[None]:
-    """Norms, rotations and softmaxes too, which many models take in float32 in any dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ their module (`3_mamba_out`), and `3_ln1.b` where a norm with a bias sits on the
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tests.zoo.build import ANSWERS, INCORRECT, hf_reference, native_reference, tokens
 from tests.zoo.configs import NATIVE
 from tests.zoo.hooked import HOOKED, hooked
-from tests.zoo.trace import Float64, Trace, unembedding_of
+from tests.zoo.trace import Trace, all_in_float64, unembedding_of
 
 # Their forward pass asks for float32.
 FLOAT32_ONLY = ["gpt2_upcast", "gpt2_scaleattn", "moe"]
@@ -124,14 +124,7 @@ def _logits(output: Tensor | tuple) -> Tensor:
     return getattr(output, "logits", output)
 
 
-@contextlib.contextmanager
 def _precision(model: nn.Module):
-    """Everything in float64 if the model is: see `Float64`."""
-    dtype = next(model.parameters()).dtype
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with Float64() if dtype == torch.float64 else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    """Everything in float64 if the model is."""
+    double = next(model.parameters()).dtype == torch.float64
+    return all_in_float64() if double else nullcontext()

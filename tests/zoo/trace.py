@@ -13,7 +13,8 @@ norm. `WRITER_WITHIN` lists the exceptions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +64,18 @@ class Float64(TorchFunctionMode):
         args = [torch.float64 if arg is torch.float32 else arg for arg in args]
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def all_in_float64() -> Iterator[None]:
+    """Norms, rotations and softmaxes too, which many models take in float32 in any dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Float64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass
