@@ -9,20 +9,14 @@ scale, soft cap and multiplier held at its value. A part of the output is then w
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.reference import _difference, _logits, _precision
-from tests.zoo.trace import Trace
+from tests.zoo.reference import _precision, differentiated
 
 
 def gradients(
     model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor
 ) -> dict[str, Tensor]:
     """By row; a sublayer that writes twice (its norm's bias) by its first write."""
-    model.requires_grad_(False)
-    with torch.enable_grad(), _precision(model), Trace(model) as trace:
-        logits = _logits(model(tokens))
-        raw = trace.raw_logits
-        ratio = torch.where(raw == 0, 1.0, logits / raw).detach()
-        _difference(raw * ratio, answer, incorrect).sum().backward()
+    trace, _ = differentiated(model, tokens, answer, incorrect)
     found: dict[str, Tensor] = {}
     for write in trace.writes:
         if write.leaf.grad is not None:

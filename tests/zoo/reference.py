@@ -60,13 +60,8 @@ def reference(
     model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None = None
 ) -> Reference:
     """Every row at every position. `answer` and `incorrect`: a token id per prompt, `[batch]`."""
-    model.requires_grad_(False)
     expected = _difference(hf_logits(model, tokens), answer, incorrect)
-    with torch.enable_grad(), _precision(model), Trace(model) as trace:
-        logits = _logits(model(tokens))
-        raw = trace.raw_logits
-        transform = torch.where(raw == 0, 1.0, logits / raw).detach()
-        _difference(raw * transform, answer, incorrect).sum().backward()
+    trace, transform = differentiated(model, tokens, answer, incorrect)
     b_U = unembedding_of(model)(torch.zeros_like(trace.unembedded))
     bias_row = _difference((b_U * transform).detach(), answer, incorrect)
     components: dict[str, Tensor] = {}
@@ -86,6 +81,19 @@ def reference(
     if heads:
         _assert_complete(heads, expected)
     return Reference(components, heads, expected)
+
+
+def differentiated(
+    model: nn.Module, tokens: Tensor, answer: Tensor, incorrect: Tensor | None
+) -> tuple[Trace, Tensor]:
+    """A pass whose leaves hold the logit's (difference's) derivative; its transform, held fixed."""
+    model.requires_grad_(False)
+    with torch.enable_grad(), _precision(model), Trace(model) as trace:
+        logits = _logits(model(tokens))
+        raw = trace.raw_logits
+        transform = torch.where(raw == 0, 1.0, logits / raw).detach()
+        _difference(raw * transform, answer, incorrect).sum().backward()
+    return trace, transform
 
 
 @functools.cache

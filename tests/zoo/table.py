@@ -24,12 +24,7 @@ import torch
 from tests.zoo.build import ANSWERS, INCORRECT, boot, hf_reference, native_reference, tokens
 from tests.zoo.configs import BRIDGE_DIFFERS, CLASSES, CONFIGS, NATIVE, VARIANTS, WITHOUT_ADAPTER
 from tests.zoo.reference import hf_logits
-from tl_dla import (
-    TlDlaError,
-    attribute_attention,
-    attribute_inputs,
-    direct_logit_attribution,
-)
+from tl_dla import TlDlaError, attribute_attention, attribute_inputs, direct_logit_attribution
 
 TOLERANCE = 1e-4
 UNITS = ("component", "head", "neuron")

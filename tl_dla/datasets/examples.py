@@ -220,15 +220,13 @@ def _tokens(model: Any, fields: Mapping[str, Any], name: str, text: str | None) 
     value = fields[name]
     if value is None:
         return []
-    texts = None if text is None else [text]
-    if isinstance(value, str):
-        return [int(token_ids(model, value, texts))]
-    several = value if isinstance(value, list | tuple) else _integers(value, name)
+    several = [value] if isinstance(value, str) else value
+    several = several if isinstance(several, list | tuple) else _integers(value, name)
     if not all(isinstance(one, str | Integral) for one in several):
         raise TokenError(f"The field {name!r} holds strings or token ids; {value!r} was given.")
-    return [
-        int(token_ids(model, one if isinstance(one, str) else int(one), texts)) for one in several
-    ]
+    texts = None if text is None else [text]
+    words = [one if isinstance(one, str) else int(one) for one in several]
+    return [int(token_ids(model, word, texts)) for word in words]
 
 
 def _integers(value: Any, name: str) -> list[int]:

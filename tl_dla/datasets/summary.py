@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -208,11 +207,8 @@ class DatasetAttribution:
 
     def _intervals(self, labels: Sequence[str]) -> tuple[Any, Any, Any]:
         """Means of rows, and the lower and upper ends of their intervals."""
-        rows = [self[label] for label in labels]
-        mean, low, high = (
-            np.array([getattr(row, name) for row in rows]) for name in ("mean", "low", "high")
-        )
-        return mean, low, high
+        at, rows = [self.labels.index(label) for label in labels], self.rows
+        return rows.mean[at].numpy(), rows.low[at].numpy(), rows.high[at].numpy()
 
     def __repr__(self) -> str:
         """The rows that matter with their intervals, and the model's own logit."""
