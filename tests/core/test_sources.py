@@ -9,9 +9,15 @@ from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
 from tl_dla import (
     TokenError,
     UnsupportedModelError,
+    ablate,
     attribute_path,
+    copy_suppression,
+    direct_effect_recomputed,
     direct_logit_attribution,
+    erasures,
     required_hooks,
+    self_repair,
+    top_heads_with_patterns,
 )
 from tl_dla.errors import ArgumentError
 
@@ -283,6 +289,26 @@ def test_a_path_says_what_it_is():
     text = f"w{tokens()[0, 5]}"
     alone = direct_logit_attribution(model, tokens()[:1], 5, unit="head")
     assert attribute_path(alone, "L2H1", text).path == ("L2H1←5",)
+
+
+def test_what_is_asked_of_the_final_stream_is_not_asked_of_a_path(tmp_path):
+    """Its rows were written at the source token; its page is its rows alone."""
+    path = attribute_path(attribute(load("gpt2"), unit="head", pos=-1), "L2H1", 3, unit="head")
+    for ask in (
+        lambda: path.audit(progress=False),
+        lambda: ablate(path, ["L0H1"]),
+        lambda: self_repair(path, "L0H1"),
+        lambda: erasures(path),
+        lambda: copy_suppression(path),
+        lambda: direct_effect_recomputed(path),
+        lambda: top_heads_with_patterns(path),
+        lambda: path.neuron_curves(0),
+    ):
+        with pytest.raises(ArgumentError, match=r"read by a head \(L2H1←3\), not at"):
+            ask()
+    page = path.report(tmp_path / "path.html").read_text(encoding="utf-8")
+    assert "A path through L2H1←3: nothing else was run." in page
+    assert 'id="heads"' in page and 'id="logit-lens"' not in page
 
 
 def test_sources_that_are_not_there_are_refused():

@@ -25,7 +25,7 @@ from tl_dla.analyses.pattern_kinds import added, column, kind, own_part, pool, s
 from tl_dla.analyses.pattern_result import HeadPattern, HeadPatterns
 from tl_dla.analyses.score_reasons import reasons
 from tl_dla.core.certificate import Reconstruction
-from tl_dla.core.labelled import require_heads
+from tl_dla.core.labelled import require_direct, require_heads
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, again
 from tl_dla.core.taps import Tap
@@ -72,6 +72,7 @@ def top_heads_with_patterns(
         >>> bool((head.contributions.sum(-1) - head.value).abs() < 1e-4)
         True
     """
+    require_direct(result)
     require_heads(result)
     if result.targets.candidates is not None:
         raise ArgumentError(

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_dla.core.labelled import require_direct
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import again
 from tl_dla.core.taps import Tap
@@ -146,6 +147,7 @@ def neuron_curves(
             run of its prompts does not give again.
         IncompleteCacheError: naming the hooks that the cache lacks.
     """
+    require_direct(result)
     layers = {key.layer for key in result.keys if key.kind == "neuron"}
     layer = next(iter(layers)) if layer is None and len(layers) == 1 else layer
     rows = [i for i, key in enumerate(result.keys) if key.kind == "neuron" and key.layer == layer]

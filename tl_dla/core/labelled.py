@@ -113,6 +113,8 @@ class LabelledRows(Keyed):
         """Why the model was not, or cannot be, run for more than these rows; empty where it can."""
         if self.mean_over:
             return f"A mean over {self.mean_over}"
+        if self.hops:
+            return f"A path through {', '.join(self.path)}"
         if isinstance(self.model, AbsentModel):
             return "Without its model"
         return "" if self.numbers.ran else "Made from a cache"
@@ -194,6 +196,17 @@ def require_result(result: Any) -> None:
         raise ArgumentError(
             f"The result must be one of direct_logit_attribution; a {type(result).__name__} was"
             " given."
+        )
+
+
+def require_direct(result: LabelledRows) -> None:
+    """Raise unless it is a result whose rows were written at the attributed positions."""
+    require_result(result)
+    if result.hops:
+        raise ArgumentError(
+            "The rows of a path were written at its source token and read by a head"
+            f" ({', '.join(result.path)}), not at the attributed position: ask this of the result"
+            " that the path starts from."
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.labelled import require_result
+from tl_dla.core.labelled import require_direct
 from tl_dla.core.result import Attribution, require_input
 from tl_dla.core.run import CAUSE, direct_unit
 from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
@@ -238,7 +238,7 @@ def audit(
         >>> list(table.columns[:5])
         ['row', 'direct', 'direct_recomputed', 'total', 'indirect']
     """
-    require_result(result)
+    require_direct(result)
     if result.targets.candidates is not None:
         raise ArgumentError(
             "A result over candidates has several logits: audit the attribution of one of them."

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_dla.core.labelled import require_result, require_rows
+from tl_dla.core.labelled import require_direct, require_rows
 from tl_dla.core.result import Attribution
 from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
@@ -183,7 +183,7 @@ def erasures(
         >>> bool((pairs["projection_ratio"] < 0).all())
         True
     """
-    require_result(result)
+    require_direct(result)
     stack = written(result) if stack is None else stack
     kinds = dict(zip(result.labels, result.kinds, strict=True))
     if writers is None:

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_dla.core.labelled import require_direct
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, Run, direct_unit, require_rerun, run
 from tl_dla.core.taps import Tap
@@ -140,6 +141,7 @@ def run_ablated(
     result: Attribution, groups: dict[str, list[str]], how: How, taps: Sequence[Tap] = ()
 ) -> dict[str, Run]:
     """See `ablate`; `taps` are kept in every ablated run beside those of the rows."""
+    require_direct(result)
     require_rerun(result)
     if how.batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1; {how.batch_size} was given.")

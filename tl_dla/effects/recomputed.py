@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B, of_query
-from tl_dla.core.labelled import require_result
+from tl_dla.core.labelled import require_direct
 from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import recomputed_tolerance
 from tl_dla.core.rows import RowKey
@@ -65,7 +65,7 @@ def direct_effect_recomputed(
         >>> gap.shape == result.attribution.shape
         True
     """
-    require_result(result)
+    require_direct(result)
     stack = written(result) if stack is None else stack
     rows = {label: i for i, label in enumerate(stack.labels)}
     final = FinalLogits(result, stack)

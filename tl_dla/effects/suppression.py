@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.labelled import require_result, require_rows
+from tl_dla.core.labelled import require_direct, require_rows
 from tl_dla.core.result import Attribution
 from tl_dla.core.run import CAUSE, again
 from tl_dla.inputs.selection import Selection
@@ -48,7 +48,7 @@ def copy_suppression(
         >>> copy_suppression(result).shape == result.attribution.shape
         True
     """
-    require_result(result)
+    require_direct(result)
     rows = result.labels if rows is None else require_rows(result, rows)
     keys = {row: result.keys[result.index(row)] for row in rows}
     heads = {
