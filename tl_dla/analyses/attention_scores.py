@@ -178,7 +178,8 @@ class Score:
         self.x = Tap(qk.site, upcast if qk.site.argument is None else self._taken)
         self.pattern = Tap(qk.pattern, upcast, keys=True, heads_first=True)
         self.taps = [*self.parts.taps, self.x, self.pattern]
-        self.scale = self._tap(None if self.norm is None else self.norm.site, self._scale)
+        norm = self.norm
+        self.scale = None if norm is None else self._tap(norm.site, norm.scale)
         self.rotation = self._tap(None if qk.rotary is None else qk.rotary.site, self._rotation)
         self.biases = [self._tap(site, upcast) for site, _ in qk.biases]
         self.scores = None
@@ -198,10 +199,6 @@ class Score:
 
     def _taken(self, x: Tensor) -> Tensor:
         return upcast(self.query.positions.take(x))
-
-    def _scale(self, seen: Tensor) -> Tensor:
-        assert self.norm is not None
-        return self.norm.scale(upcast(seen))
 
     def _rotation(self, given: Any) -> Tensor:
         rotary, take = self.qk.rotary, self.query.positions.take

@@ -25,10 +25,7 @@ def read_chat(
 ) -> tuple[Int[Tensor, " token"], list[str]]:
     """A conversation as the model's own template writes it, and the role behind each token.
 
-    Args:
-        model: whose tokenizer holds the template.
-        messages: each with `role` and `content`.
-        answered: whether the last message is the answer; else the template asks for one.
+    Unless it is `answered`, by its last message, the template asks for an answer.
 
     Raises:
         TokenError: for a message without role or content, or a tokenizer without a template.

@@ -143,7 +143,7 @@ def check_model(
     blocks, refusal = _blocks(reader)
     final = Tap(stream.points[-1].site, upcast)
     patterns = _pattern_taps(reader)
-    scale = [] if norm is None else [Tap(norm.site, lambda x: norm.scale(upcast(x)))]
+    scale = [] if norm is None else [Tap(norm.site, norm.scale)]
     taps = [final, *patterns.values(), *scale, *(tap for block in blocks for tap in block.taps)]
     kept = forward(Query(model, prompts, positions, NO_TARGETS), taps, logits=False)
 

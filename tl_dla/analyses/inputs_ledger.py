@@ -160,13 +160,7 @@ Ledger = TypeVar("Ledger", bound=InputLedger)
 
 @exact()
 def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = False) -> Ledger:
-    """The readouts of a run pulled all the way back, as a result of a class.
-
-    Args:
-        once: with what the network's taps kept.
-        network: the model.
-        of: the class.
-        progress: whether a bar is shown where many targets are pulled in parts.
+    """The readouts of a run, which kept what the network's taps do, pulled all the way back.
 
     Raises:
         UnsupportedModelError: where a block writes to the stream what no known part wrote.

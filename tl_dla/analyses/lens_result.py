@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_dla.core.tidy import difference_words
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.text import shorten
 from tl_dla.inputs.positions import Positions
@@ -222,8 +223,7 @@ class LogitLens:
         else:
             n = ids.shape[-1] - 1
             names = ["answer", *(f"incorrect {i + 1}" if n > 1 else "incorrect" for i in range(n))]
-        foil = f" − mean({', '.join(names[1:])})" if len(names) > 2 else f" − {names[-1]}"
-        return names, names[0] + foil * (len(names) > 1)
+        return names, difference_words(names)
 
     def view(self, prompt: int = 0) -> "LensView":
         """What a figure shows of one prompt."""

@@ -9,7 +9,7 @@ capped/raw.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,6 @@ from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.inputs.tokens import token_strings
-from tl_dla.model.hooks import upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import Unembedding
 
@@ -98,7 +97,8 @@ def promoted_tokens(
     with exact():
         wrote, total = _vectors(result.select(prompt=row, position=column), key)
         effect = _effect(result, None if key == B_U else wrote, total, chunk_size)
-    return PromotedTokens(label, effect, _top(result, effect, k, 1), _top(result, effect, k, -1))
+    raised, lowered = (top_tokens(result.model, effect, k, sign) for sign in (1, -1))
+    return PromotedTokens(label, effect, raised, lowered)
 
 
 Moved = list[tuple[str, float]]
@@ -109,10 +109,7 @@ def most_moved(
 ) -> list[dict[str, tuple[Moved, Moved]]]:
     """The same of every component and head at once, raised and lowered, for each position.
 
-    Args:
-        query: about one prompt; its targets do not matter.
-        k: how many tokens of each.
-        chunk_size: how many tokens of the vocabulary are read at a time.
+    `query` is about one prompt; its targets do not matter.
     """
     reader = ModelReader(query.model)
     units: list[Unit] = ["component", "head"]
@@ -162,7 +159,7 @@ def _read_out(
     stream, taps = parts.reader.stream(), parts.taps
     norm = stream.norm
     if norm is not None:
-        taps = [*taps, Tap(norm.site, lambda x: norm.scale(upcast(x)))]
+        taps = [*taps, Tap(norm.site, norm.scale)]
     kept = read(taps)
     rows = parts.rows(kept, positions)
     wrote, total = rows.values, rows.total
@@ -174,11 +171,12 @@ def _read_out(
     return rows.keys, wrote, total
 
 
-def _top(
-    result: Attribution, effect: Float[Tensor, " d_vocab"], k: int, sign: int
+def top_tokens(
+    model: Any, logits: Float[Tensor, " d_vocab"], k: int, sign: int = 1
 ) -> list[tuple[str, float]]:
-    top = (sign * effect).topk(min(k, len(effect)))
-    names = token_strings(result.model, top.indices)
+    """The k tokens of the highest logits, or with sign −1 of the lowest, as `(token, logit)`."""
+    top = (sign * logits).topk(min(k, len(logits)))
+    names = token_strings(model, top.indices)
     return list(zip(names, (sign * top.values).tolist(), strict=True))
 
 

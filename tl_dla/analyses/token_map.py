@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_dla.analyses.paths import follow, through_head
+from tl_dla.analyses.promotion import top_tokens
 from tl_dla.core.decomposition import Decomposition, logit_readout
 from tl_dla.core.heads import HeadSplit
 from tl_dla.core.readout import Readout
@@ -135,9 +136,7 @@ class TokenMap:
         embedding = _embeddings(self.model, token_ids(self.model, [source]).flatten())
         vocab = torch.arange(unembed_matrix(self.model).shape[1], device=embedding.device)
         logits = torch.cat([self._read(embedding, ids)[0] for ids in vocab.split(chunk_size)])
-        best = logits.topk(min(k, len(logits)))
-        names = token_strings(self.model, best.indices)
-        return list(zip(names, best.values.tolist(), strict=True))
+        return top_tokens(self.model, logits, k)
 
     def _read(
         self, embeddings: Float[Tensor, "source d_model"], targets: Int[Tensor, " target"]
@@ -211,10 +210,10 @@ def _direction(
 
 
 def _of_embedding(parts: Decomposition) -> Readout:
-    for step, readout in parts.steps:
-        if isinstance(step, Write) and step.name == "embed":
-            return readout
-    raise UnsupportedModelError(f"{parts.reader.architecture} shows no token embedding.")
+    readout = parts.readout_of("embed")
+    if readout is None:
+        raise UnsupportedModelError(f"{parts.reader.architecture} shows no token embedding.")
+    return readout
 
 
 def _embeddings(model: Any, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:

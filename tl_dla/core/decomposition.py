@@ -24,7 +24,6 @@ from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
-from tl_dla.model.hooks import upcast
 from tl_dla.model.mlp import Experts
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
@@ -69,7 +68,7 @@ class Decomposition:
         self.steps = pull_back(steps, readout)
         self.stream = StreamTaps.of(self.steps, every_point=unit == "layer")
         self.splits = self._splits(whole)
-        self._scales = {norm.name: Tap(norm.site, _scale(norm)) for norm in self._norms()}
+        self._scales = {norm.name: Tap(norm.site, norm.scale) for norm in self._norms()}
 
     # ---- before the forward pass ---------------------------------------------------------------
 
@@ -244,10 +243,6 @@ def _mean_size(
         return values[valid].abs().mean((0, 1))
 
     return score
-
-
-def _scale(norm: Norm) -> Callable[[Tensor], Tensor]:
-    return lambda x: norm.scale(upcast(x))
 
 
 def logit_readout(

@@ -38,7 +38,7 @@ def capped_mean(reader: ModelReader, read: Callable[[Sequence[Tap]], Kept]) -> M
     norm = stream.norm
     taps = [Tap(stream.points[-1].site, upcast)]
     if norm is not None:
-        taps.append(Tap(norm.site, lambda x: norm.scale(upcast(x))))
+        taps.append(Tap(norm.site, norm.scale))
     kept = read(taps)
     y = kept[taps[0]]
     if norm is not None:

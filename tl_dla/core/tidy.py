@@ -66,6 +66,11 @@ def target_words(query: Query) -> str:
     names = [repr(name) for name in token_strings(query.model, targets.ids.flatten())]
     if targets.mean_of_vocab:
         names.append("mean of the vocabulary")
+    return difference_words(names)
+
+
+def difference_words(names: list[str]) -> str:
+    """The first, less the mean of the others."""
     if len(names) == 1:
         return names[0]
     others = names[1] if len(names) == 2 else f"mean({', '.join(names[1:])})"

@@ -24,7 +24,6 @@ from tl_dla.inputs.positions import Positions, read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, require_unit
 from tl_dla.inputs.targets import NO_TARGETS
-from tl_dla.model.hooks import upcast
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import ResidPoint, Step
@@ -156,7 +155,7 @@ class CachePlace:
 
     def scale(self, norm: Norm) -> Float[Tensor, "*batch_and_pos"]:
         """The norm's scale in the run that was cached."""
-        tap = Tap(norm.site, lambda x: norm.scale(upcast(x)))
+        tap = Tap(norm.site, norm.scale)
         return self.squeeze(recall(self.reader, self.cache, self.query, [tap])[tap])
 
     def squeeze(self, x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "..."]:

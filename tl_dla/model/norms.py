@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.model.hooks import Hooks, Site, compute_dtype, parameter, unwrap
+from tl_dla.model.hooks import Hooks, Site, compute_dtype, parameter, unwrap, upcast
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class Norm:
 
     def scale(self, seen: Float[Tensor, "... width"]) -> Float[Tensor, "..."]:
         """s, from what `site` shows: the model's own `hook_scale`, or the norm's input."""
+        seen = upcast(seen)
         if self.site.name.endswith("hook_scale"):
             # Split inputs (one for each head) are all normalised alike.
             return seen[:, :, 0, 0] if seen.ndim == 4 else seen[..., 0]

@@ -140,7 +140,7 @@ def _attention(reader: ModelReader, out: Attention) -> AttentionPart:
 
 
 def _scale(norm: Norm | None) -> Tap | None:
-    return None if norm is None else Tap(norm.site, lambda x: norm.scale(upcast(x)), whole=True)
+    return None if norm is None else Tap(norm.site, norm.scale, whole=True)
 
 
 def _choice(_x: Tensor, chosen: Tensor, weights: Tensor) -> Float[Tensor, "batch pos 2 k"]:
