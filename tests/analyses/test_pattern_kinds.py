@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from tl_dla.analyses import pattern_kinds as patterns
-from tl_dla.analyses.pattern_kinds import (
-    column,
-    expected_keys,
-    is_punctuation,
-    kind,
-    pool,
-    scores,
-)
+from tl_dla.analyses.pattern_kinds import column, expected_keys, is_punctuation, kind, pool, scores
 
 #         0    1    2    3    4    5    6    7
 TOKENS = ["b", "x", "y", ".", "z", "x", "y", "w"]

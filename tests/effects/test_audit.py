@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.support.models import of_3
-from tests.support.plain import (
-    HEAD,
-    attributed,
-)
-from tests.zoo.build import (
-    ANSWERS,
-    INCORRECT,
-    boot,
-    native_reference,
-    tokens,
-)
+from tests.support.plain import HEAD, attributed
+from tests.zoo.build import ANSWERS, INCORRECT, boot, native_reference, tokens
 from tests.zoo.hooked import hooked
 from tl_dla import (
     UnsupportedModelError,

@@ -7,24 +7,9 @@ import torch
 from torch import nn
 
 from tests.support.models import of_4
-from tests.support.plain import (
-    attributed,
-    plain,
-    wrote,
-)
-from tests.zoo.build import (
-    ANSWERS,
-    INCORRECT,
-    boot,
-    perturb,
-    tokens,
-)
-from tl_dla import (
-    ArgumentError,
-    copy_suppression,
-    direct_logit_attribution,
-    erasures,
-)
+from tests.support.plain import attributed, plain, wrote
+from tests.zoo.build import ANSWERS, INCORRECT, boot, perturb, tokens
+from tl_dla import ArgumentError, copy_suppression, direct_logit_attribution, erasures
 from tl_dla.effects.audit import audit
 from tl_dla.effects.recomputed import written
 

@@ -16,12 +16,7 @@ from tests.support.plain import (
     replacing,
     wrote,
 )
-from tests.zoo.build import (
-    ANSWERS,
-    INCORRECT,
-    boot,
-    tokens,
-)
+from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
 from tl_dla import (
     ablate,
     decompose,

@@ -7,23 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.support.models import of_4
-from tests.support.plain import (
-    NAMES,
-    at_last,
-    attributed,
-    plain,
-    replacing,
-)
-from tests.zoo.build import (
-    ANSWERS,
-    INCORRECT,
-    boot,
-    tokens,
-)
-from tl_dla import (
-    direct_logit_attribution,
-    self_repair,
-)
+from tests.support.plain import NAMES, at_last, attributed, plain, replacing
+from tests.zoo.build import ANSWERS, INCORRECT, boot, tokens
+from tl_dla import direct_logit_attribution, self_repair
 
 
 @pytest.mark.parametrize("name", NAMES)
