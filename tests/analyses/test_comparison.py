@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 
 import pytest
 import torch
 
 from tests.support.models import load
-from tests.support.plain import N_HEADS, NAMES, Plain, replacing
+from tests.support.plain import N_HEADS, NAMES, Plain, head_slice, replacing
 from tests.zoo.build import ANSWERS, INCORRECT, bridge_of, build, tokens
 from tl_dla import (
     ArgumentError,
@@ -45,13 +44,8 @@ def collected(model: Plain, ids: torch.Tensor, hooks: list = ()) -> tuple[dict, 
         o = model.output_map(layer)
         places += [(o, keep((layer, "z"), input=True)), (o, keep((layer, "o")))]
         places += [(model.writer(layer, part), keep((layer, part))) for part in ("attn", "mlp")]
-    with ExitStack() as stack, torch.no_grad():
-        for module, pre, hook in hooks:
-            register = module.register_forward_pre_hook if pre else module.register_forward_hook
-            stack.callback(register(hook).remove)
-        for module, hook in places:
-            stack.callback(module.register_forward_hook(hook).remove)
-        logits = model.model(ids).logits[:, -1]
+    reading = [(module, False, hook) for module, hook in places]
+    logits = model.logits(ids, [*hooks, *reading])[:, -1]
     wrote = {}
     with torch.no_grad():
         for layer in layers:
@@ -68,9 +62,8 @@ def _unembed(model: Plain) -> torch.nn.Module:
 
 def _head(model: Plain, layer: int, head: int, seen: dict) -> torch.Tensor:
     o, z, out = model.output_map(layer), seen[layer, "z"], seen[layer, "o"]
-    width = z.shape[-1] // N_HEADS
-    alone = torch.zeros_like(z)
-    alone[:, head * width : (head + 1) * width] = z[:, head * width : (head + 1) * width]
+    alone, columns = torch.zeros_like(z), head_slice(z, head)
+    alone[:, columns] = z[:, columns]
     c = o(alone) - o(torch.zeros_like(z))
     if model.name == "gemma2":  # the norm that follows, its scale that of the whole output
         norm = model.writer(layer, "attn")

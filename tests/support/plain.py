@@ -53,14 +53,17 @@ class Plain:
     def multiplier(self) -> float:
         return 0.3 if self.name == "granite" else 1.0
 
-    def difference(self, ids: Tensor, hooks: list = ()) -> Tensor:
-        """Logit of the answer less that of the incorrect token, `[batch, pos]`."""
+    def logits(self, ids: Tensor, hooks: list = ()) -> Tensor:
+        """With `(module, whether before it, hook)` in place."""
         with ExitStack() as stack, torch.no_grad():
             for module, pre, hook in hooks:
                 register = module.register_forward_pre_hook if pre else module.register_forward_hook
                 stack.callback(register(hook).remove)
-            logits = self.model(ids).logits
-        rows = torch.arange(len(ids))
+            return self.model(ids).logits
+
+    def difference(self, ids: Tensor, hooks: list = ()) -> Tensor:
+        """Logit of the answer less that of the incorrect token, `[batch, pos]`."""
+        logits, rows = self.logits(ids, hooks), torch.arange(len(ids))
         return logits[rows, :, ANSWERS] - logits[rows, :, INCORRECT]
 
     def seen(self, ids: Tensor, module: nn.Module, *, input: bool = False) -> Tensor:

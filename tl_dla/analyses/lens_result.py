@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_dla.analyses.vocabulary import Reading
 from tl_dla.core.tidy import difference_words
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.text import shorten
@@ -27,7 +28,7 @@ LensReading = Literal["difference", "logit", "probability", "rank"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitLens:
+class LogitLens(Reading):
     """The model's prediction at each point of the residual stream and each position.
 
     Every tensor starts with the axes `layer batch pos`: `layer` follows `labels`, `pos` the
@@ -47,13 +48,6 @@ class LogitLens:
     """
 
     labels: list[str]
-    entropy: Float[Tensor, "layer batch pos"]
-    top_ids: Int[Tensor, "layer batch pos k"]
-    top_values: Float[Tensor, "layer batch pos k"]
-    top_probabilities: Float[Tensor, "layer batch pos k"]
-    values: Float[Tensor, "layer batch pos token"] | None
-    probabilities: Float[Tensor, "layer batch pos token"] | None
-    ranks: Int[Tensor, "layer batch pos token"] | None
     model: Any = field(repr=False)
     prompts: Prompts = field(repr=False)
     positions: Positions = field(repr=False)

@@ -22,7 +22,7 @@ logits, `[batch, pos, chunk_size]`; the softmax's statistics are accumulated chu
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -41,9 +41,6 @@ from tl_dla.inputs.tokens import Prompts, read_prompts, texts_of
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import ResidPoint
 from tl_dla.model.unembedding import Unembedding
-
-if TYPE_CHECKING:
-    pass
 
 
 def logit_lens(
@@ -120,8 +117,8 @@ def logit_lens(
     valid = positions.valid.to(read.entropy.device)
     tensors: dict[str, Any] = {name: _masked(x, valid) for name, x in vars(read).items()}
     return LogitLens(
-        [point.label for point in points],
         **tensors,
+        labels=[point.label for point in points],
         model=model,
         prompts=prompts,
         positions=positions,

@@ -16,15 +16,15 @@ from tl_dla.model.unembedding import Unembedding
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What `read_vocabulary` gives; see `LogitLens` for the meaning of each."""
+    """What `read_vocabulary` reads; see `LogitLens` for the meaning of each."""
 
     entropy: Float[Tensor, "layer batch pos"]
     top_ids: Int[Tensor, "layer batch pos k"]
     top_values: Float[Tensor, "layer batch pos k"]
     top_probabilities: Float[Tensor, "layer batch pos k"]
-    values: Float[Tensor, "layer batch pos token"] | None = None
-    probabilities: Float[Tensor, "layer batch pos token"] | None = None
-    ranks: Int[Tensor, "layer batch pos token"] | None = None
+    values: Float[Tensor, "layer batch pos token"] | None
+    probabilities: Float[Tensor, "layer batch pos token"] | None
+    ranks: Int[Tensor, "layer batch pos token"] | None
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def read_vocabulary(
     top_values = torch.stack([s.top_values for s in read])
     top = torch.stack([s.top_ids for s in read]), top_values, (top_values - log_z).exp()
     if asked is None:
-        return Reading(entropy, *top)
+        return Reading(entropy, *top, None, None, None)
     ranks = torch.stack([s.above for s in read if s.above is not None])
     return Reading(entropy, *top, asked, (asked - log_z).exp(), ranks)
 

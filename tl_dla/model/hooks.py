@@ -7,7 +7,7 @@ their modules. Every reader of a part holds a `Hooks`.
 import copy
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -307,19 +307,20 @@ def alone_on(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def changed(model: Any, changes: Iterable[tuple[Site, Callable[[Any], Any]]]) -> Iterator[None]:
+def changed(model: Any, changes: Sequence[tuple[Site, Callable[[Any], Any]]]) -> Iterator[None]:
     """The model with a function at each place, which is given what the place shows.
 
     What it returns stands there instead; None leaves it. Hooks added inside see the change.
     """
+    hooks = []
     with alone_on(model), ExitStack() as stack:
         for site, change in changes:
             if site.hooked:
-                hooks = [(site.name, lambda x, hook, change=change: change(x))]
-                stack.enter_context(model.hooks(fwd_hooks=hooks))
+                hooks.append((site.name, lambda x, hook, change=change: change(x)))
             else:
                 handle = site.module.register_forward_hook(
                     lambda _module, _args, output, change=change: change(output)
                 )
                 stack.callback(handle.remove)
-        yield
+        with model.hooks(fwd_hooks=hooks):
+            yield
