@@ -167,13 +167,12 @@ class AttentionAttribution:
         Raises:
             ArgumentError: for a prompt that the result does not have, or k < 1.
         """
-        from tl_dla.figures.charts import Heading, Look
+        from tl_dla.figures.charts import Look, heading_of
         from tl_dla.figures.scores import scores
-        from tl_dla.figures.view import headings
 
         query, key = view_of(self.by_query, prompt), view_of(self.by_key, prompt)
         words = replace(query.words, certificate=self._mark)
-        heading = Heading(*headings("Who wrote the score of", replace(query, words=words)))
+        heading = heading_of("Who wrote the score of", replace(query, words=words))
         pairs = self._mean(prompt).double().numpy()
         return scores(query, key, pairs, heading, k, Look(title, width, height))
 

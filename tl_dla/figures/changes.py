@@ -11,16 +11,15 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import LOGITS, PLAIN, Heading, Look, Sizes
-from tl_dla.figures.head_map import head_grid
+from tl_dla.figures.head_map import head_cells, head_grid, map_axes, room_for_numbers
 from tl_dla.figures.text import number, safe, shorten
-from tl_dla.figures.view import View, largest, smaller
+from tl_dla.figures.view import View, fold, largest, require_some, smaller
 
 Values = Float[np.ndarray, "row sample candidate"]
 COLUMNS = ("a", "b", "change", "wrote", "read")
-_ROW, _CELL, _GAP = 20, 36, 56  # pixels: of a line, of a number in the map, between the two
+_ROW, _GAP = 20, 56  # pixels: of a line, between the lines and the map
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +96,7 @@ def plot(changes: Changes, k: int = 30, look: Look = PLAIN) -> go.Figure:
     Raises:
         ArgumentError: for k < 1.
     """
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    require_some(k)
     view = changes.view
     shown = _in_order(changes, k)
     fig = go.Figure(_arrows(shown, changes.sides))
@@ -117,15 +115,14 @@ def plot(changes: Changes, k: int = 30, look: Look = PLAIN) -> go.Figure:
     axis = dict(range=[low - room, high + room], title_text="logits", zeroline=True, anchor="y")
     rows = charts.ledger_axis([line.label for line in shown])
     fig.update_layout(xaxis=axis, yaxis=rows | dict(domain=[0, split or 1.0], anchor="x"))
-    heading = Heading(*_headings(changes))
-    return charts.styled(fig, heading, look, Sizes(body, above))
+    return charts.styled(fig, _heading(changes), look, Sizes(body, above))
 
 
-def _headings(changes: Changes) -> tuple[str, str]:
+def _heading(changes: Changes) -> Heading:
     view = changes.view
     title = f"What changed in the logit of {safe(shorten(view.words.target))}"
     sides = [safe(shorten(side)) for side in changes.sides if len(side) > 1]
-    return title, "<br>".join([*sides, *over(view), safe(view.words.certificate)])
+    return Heading(title, "<br>".join([*sides, *over(view), safe(view.words.certificate)]))
 
 
 def over(view: View) -> list[str]:
@@ -138,16 +135,11 @@ def over(view: View) -> list[str]:
 
 def _in_order(changes: Changes, k: int) -> list[Line]:
     """The k rows that changed most in the order of the stream, the others, and the logit."""
-    view, means = changes.view, changes.means
-    if view.unit == "layer":
-        k = len(means)
-    chosen = set(largest(means[:, 2:3], k if len(means) > k + 1 else len(means)))
-    kept = [row for row in view.stream_order if row in chosen]
-    found = [Line(view.labels[i], means[i]) for i in kept]
-    rest = np.setdiff1d(np.arange(len(means)), kept)
-    if len(rest):
-        found.append(Line(smaller(len(rest)), means[rest].sum(0)))
-    return [*found, lines(changes, 1)[-1]]
+    order = changes.view.stream_order
+    labels, means = [changes.view.labels[i] for i in order], changes.means[order]
+    if changes.view.unit != "layer":
+        labels, means = fold(labels, means, means[:, 2:3], k)
+    return [*map(Line, labels, means), lines(changes, 1)[-1]]
 
 
 def _arrows(shown: Sequence[Line], sides: Sequence[str]) -> list[go.Scatter]:
@@ -210,35 +202,14 @@ def _add_map(
     terms = [head_grid(view, means[:, i]) for i in (0, 1, 3, 4)]
     words = "a %{customdata[0]:+.4f} → b %{customdata[1]:+.4f} logits<br>change %{z:+.4f}"
     words += " = wrote %{customdata[2]:+.4f} and read %{customdata[3]:+.4f}"
-    heat = go.Heatmap(
-        z=grid,
-        customdata=np.stack(terms, -1),
-        coloraxis="coloraxis",
-        xaxis="x2",
-        yaxis="y2",
-        xgap=1,
-        ygap=1,
-        hoverongaps=False,
-        hovertemplate=f"<b>L%{{y}}H%{{x}}</b><br>{words}<extra></extra>",
-    )
-    if (look.room - 150) / grid.shape[1] >= _CELL:
-        cells = [["" if np.isnan(x) else number(x)[:6] for x in line] for line in grid]
-        heat.update(text=cells, texttemplate="%{text}", textfont=dict(size=9))
-    fig.add_trace(heat)
-    bottom, plain = 1 - height / total, dict(showgrid=False, zeroline=False)
-    step = -(-grid.shape[1] // max(4, (look.room - 150) // 20))
+    worded, detail = look.room >= room_for_numbers(grid), np.stack(terms, -1)
+    fig.add_trace(head_cells(grid, words, detail, worded, xaxis="x2", yaxis="y2"))
+    across, down = map_axes(grid, look.room - 150)
     fig.update_layout(
         coloraxis=LOGITS.axis(grid, height) | dict(showscale=not look.narrow),
         meta=dict(scale="diverging", least=330),
-        xaxis2=dict(anchor="y2", side="top", tickmode="linear", dtick=step, title="head", **plain),
-        yaxis2=dict(
-            anchor="x2",
-            domain=[bottom, 1],
-            range=[len(grid) - 0.5, -0.5],
-            dtick=1 + len(grid) // 50,
-            title="layer",
-            **plain,
-        ),
+        xaxis2=across | dict(anchor="y2", title_text="head"),
+        yaxis2=down | dict(anchor="x2", domain=[1 - height / total, 1]),
         legend=dict(y=(total - height - _GAP + 2) / total),
     )
 

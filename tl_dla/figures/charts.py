@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Shaped
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures.text import in_template, safe
-from tl_dla.figures.theme import DOT, INK, NEGATIVE, NEUTRAL, POSITIVE, SCALES, template
-from tl_dla.figures.view import spread
+from tl_dla.figures.text import safe, shorten
+from tl_dla.figures.theme import INK, NEGATIVE, NEUTRAL, POSITIVE, SCALES, template
+from tl_dla.figures.view import View, where
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ class Heading:
 
     title: str
     subtitle: str = ""
+
+
+def heading_of(what: str, view: View) -> Heading:
+    """What is attributed, and below it where, and whether it adds up."""
+    named = view.over_candidates
+    names = list(map(repr, view.candidates)) if named else view.words.target.split(", ")
+    if len(names) > 5:  # more would leave the figure on the right
+        names = [*names[:3], "…", names[-1]]
+    title = f"{what} {safe(shorten(', '.join(names)))}"
+    return Heading(title, f"{safe(where(view))}<br>{safe(view.words.certificate)}")
 
 
 @dataclass(frozen=True)
@@ -170,24 +180,6 @@ def intervals(
     return styled(fig, heading, look, Sizes(20 + 22 * len(labels)))
 
 
-def room_beside(
-    ends: Sequence[float], fallen: Sequence[float], labels: Sequence[str], look: Look
-) -> tuple[float, float]:
-    """The ends of a horizontal axis, with room for the numbers beside the bars.
-
-    Args:
-        ends: where the bars begin and end.
-        fallen: the ends of those whose number stands on the left.
-        labels: the rows' names, which stand beside the axis.
-        look: how wide the figure is; a phone's width where none is given.
-    """
-    low, high = min(0.0, *ends), max(0.0, *ends)
-    width = (look.width or 390) - 40 - 6.4 * max(map(len, labels))
-    number = 46  # pixels of seven characters, on either side
-    room = max(0.18, number / max(60, width - 2 * number)) * ((high - low) or 1.0)
-    return min([low - 0.3 * room, *(end - room for end in fallen)]), high + room
-
-
 def ledger_axis(labels: Sequence[str]) -> dict[str, Any]:
     """A vertical axis with a named row at each integer, the first on top."""
     return dict(
@@ -197,6 +189,22 @@ def ledger_axis(labels: Sequence[str]) -> dict[str, Any]:
         range=[len(labels) - 0.4, -0.6],
         showgrid=False,
         zeroline=False,
+    )
+
+
+def panel_title(text: str, x: float, y: float, shift: int) -> dict[str, Any]:
+    """A part's own title, from a place of the figure on and some pixels above it."""
+    return dict(
+        text=f"<b>{safe(text)}</b>",
+        x=x,
+        y=y,
+        yshift=shift,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        yanchor="bottom",
+        showarrow=False,
+        font_size=11,
     )
 
 
@@ -211,45 +219,6 @@ def marks_of_rows(labels: Sequence[str], axis: str = "y") -> dict[str, Mark]:
 def marks_of_columns(positions: Sequence[int]) -> dict[str, Mark]:
     """The same of each column that is a position, `@5`."""
     return {f"@{at}": ("x", "paper", i - 0.5, i + 0.5, 0.0, 1.0) for i, at in enumerate(positions)}
-
-
-def dots(
-    labels: Sequence[str],
-    values: Float[np.ndarray, "row sample"],
-    samples: Sequence[str],
-    words: tuple[str, str] = ("logit", "logits"),
-    *,
-    places: Sequence[int] | None = None,
-    share: Float[np.ndarray, "row sample"] | None = None,
-    **axes: str,
-) -> list[go.Scatter]:
-    """Every value of every row as a dot at the row's place on the vertical axis.
-
-    Each sample is a trace, so that its name is in the page once, and not once a dot.
-    """
-    n_samples = values.shape[1]
-    size, opacity, edge = (6, 0.85, 0.8) if n_samples <= 40 else (4, 0.4, 0.0)
-    offsets = spread(0.0, n_samples)
-    rows = np.asarray(places if places is not None else range(len(labels)), dtype=np.float32)
-    of_logit = f" (%{{customdata:.1%}} of the {words[0]})" if share is not None else ""
-    return [
-        go.Scatter(
-            x=values[:, i],
-            y=rows + np.float32(offsets[i]),
-            customdata=None if share is None else share[:, i].astype(np.float32),
-            text=[safe(label) for label in labels],
-            mode="markers",
-            marker=dict(
-                size=size, color=DOT, opacity=opacity, line=dict(width=edge, color="#ffffff")
-            ),
-            hovertemplate=f"<b>%{{text}}</b><br>%{{x:+.4f}} {words[1]}{of_logit}"
-            f"<br>{in_template(sample)}<extra></extra>",
-            name=f"sample {i}",
-            showlegend=False,
-            **axes,
-        )
-        for i, sample in enumerate(samples)
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +295,33 @@ class Colours:
 LOGITS = Colours()
 
 
+def cells(
+    values: Float[np.ndarray, "row column"],
+    hover: str,
+    words: Sequence[Sequence[str]] | None = None,
+    **options: Any,
+) -> go.Heatmap:
+    """A cell for each value, in the colours of the figure, with words in them where some are given.
+
+    Args:
+        values: NaN leaves a cell empty.
+        hover: plotly's template for it.
+        words: in the cells.
+        options: plotly's own, of the trace.
+    """
+    return go.Heatmap(
+        z=values,
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        hovertemplate=f"{hover}<extra></extra>",
+        text=words,
+        texttemplate=None if words is None else "%{text}",
+        **options,
+    )
+
+
 def table(
     grid: Grid,
     heading: Heading,
@@ -349,22 +345,10 @@ def table(
     height = 22 if n_rows <= 140 else max(8, 2400 // n_rows)
     keys, names = [safe(key) for key in grid.where], [safe(row) for row in grid.rows]
     fixed = INK["light"] if colours.scale == "sequential" else None
-    fig = go.Figure(
-        go.Heatmap(
-            z=grid.values,
-            x=keys,
-            y=names,
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            text=[[safe(cell) for cell in line] for line in grid.cells] if worded else None,
-            texttemplate="%{text}" if worded else None,
-            textfont=dict(size=10, color=fixed),
-            customdata=grid.detail,
-            hovertemplate=f"{grid.hover}<extra></extra>",
-        )
-    )
+    words = [[safe(cell) for cell in line] for line in grid.cells] if worded else None
+    font = dict(size=10, color=fixed)
+    shown = dict(x=keys, y=names, textfont=font, customdata=grid.detail)
+    fig = go.Figure(cells(grid.values, grid.hover, words, **shown))
     if worded and look.width is None:
         look = replace(look, width=max(760, wanted))
     # A tick for as many names as fit, so that they never overlap.

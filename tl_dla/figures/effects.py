@@ -116,14 +116,10 @@ def repair(
     labels, values = [*parts, "total effect"], np.array([*parts.values(), total])
     direct = values[0] or np.nan
     words = Words("", "total effect", "", "direct effect")
-    rows = Bars(labels, values[:, None], values[:, None] / direct, words)
-    fig = go.Figure(waterfall(rows, "mean over prompts and positions"))
-    ends = [0.0, *np.cumsum(values[:-1]), total]
-    fallen = [end for end, value in zip(ends[1:], values, strict=True) if value < 0]
+    rows = Bars(labels, values[:, None], values[:, None] / direct, words, totalled=True)
+    fig = waterfall(rows, "mean over prompts and positions", look)
     fig.update_yaxes(charts.ledger_axis(labels))
-    fig.update_xaxes(
-        title_text="logits", zeroline=True, range=charts.room_beside(ends, fallen, labels, look)
-    )
+    fig.update_xaxes(title_text="logits", zeroline=True)
     return charts.styled(fig, heading, look, Sizes(_ROW * len(labels) + 20))
 
 

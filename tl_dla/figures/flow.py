@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from tl_dla.figures import charts
 from tl_dla.figures.charts import PLAIN, Colours, Grid, Heading, Look
-from tl_dla.figures.text import number, safe, visible
-from tl_dla.figures.view import Sample, Words
+from tl_dla.figures.text import brief, number, safe, visible
+from tl_dla.figures.view import Sample, Words, share_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ def flow(view: FlowView, look: Look = PLAIN) -> go.Figure:
         rows=list(view.points),
         columns=[visible(token) for token in view.tokens] + ["biases"] * biased,
         where=places + ["from the biases after it"] * biased,
-        cells=[[_short(value) for value in line] for line in values],
-        detail=values / np.where(total == 0, np.nan, total),
+        cells=[[brief(value, 1) for value in line] for line in values],
+        detail=share_of(total, values),
         hover="<b>%{y}</b> %{x}<br>%{z:+.4f} logits (%{customdata:.1%} of the logit)",
     )
     heading = Heading(
@@ -59,8 +59,3 @@ def flow(view: FlowView, look: Look = PLAIN) -> go.Figure:
         f"<br>{safe(view.words.certificate)}",
     )
     return charts.table(grid, heading, look, Colours(), cell_width=40)
-
-
-def _short(value: float) -> str:
-    """Two digits, and nothing where they would be 0."""
-    return "" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")

@@ -18,7 +18,7 @@ from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
 from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
 from tl_dla.figures.text import in_template, safe
-from tl_dla.figures.view import View, headings, require_few
+from tl_dla.figures.view import View, require_few
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def profile(
     )
     scale = Scale(view.words.units + (", less the mean over candidates" if contrast else ""))
     labels = [view.labels[row] for row in rows]
-    return lines(labels, series, Heading(*headings(what, view)), look, scale)
+    return lines(labels, series, charts.heading_of(what, view), look, scale)
 
 
 @dataclass(frozen=True, eq=False)

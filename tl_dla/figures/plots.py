@@ -18,13 +18,13 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures import charts, theme
+from tl_dla.figures import charts
 from tl_dla.figures.bars import Bars, bars, waterfall
-from tl_dla.figures.charts import PLAIN, Colours, Grid, Heading, Look, Sizes
+from tl_dla.figures.charts import PLAIN, Colours, Grid, Look, Sizes
 from tl_dla.figures.head_map import heads
-from tl_dla.figures.text import number, visible
+from tl_dla.figures.text import number
 from tl_dla.figures.trajectory import trajectory
-from tl_dla.figures.view import View, fold, headings, require_few
+from tl_dla.figures.view import View, fold, require_few, require_some, share_of
 
 
 def plot(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
@@ -38,8 +38,7 @@ def plot(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     Raises:
         ArgumentError: for k < 1, or more candidates than there is room for.
     """
-    if k < 1:
-        raise ArgumentError(f"k must be at least 1; {k} was given.")
+    require_some(k)
     require_few(view)
     if view.unit == "layer":
         return trajectory(view, look)
@@ -67,28 +66,20 @@ def ledger(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     if view.unit == "layer":
         raise ArgumentError("Readings of a stream are no parts of a sum: draw their trajectory.")
     view = view.along_the_stream()
-    values, logit = view.only()
+    values, _ = view.only()
     labels, values = fold(view.labels, values, values.mean(1, keepdims=True), k)
-    folded = len(labels) - 1 if len(labels) < len(view.labels) else None
-    every = np.vstack([values, logit])
-    rows = Bars(
-        [*labels, view.words.logit], every, every / np.where(logit == 0, np.nan, logit), view.words
-    )
+    rows = Bars.with_total(view, labels, values, view.words.logit)
+    if len(labels) < len(view.labels):
+        rows = replace(rows, folded=len(labels) - 1)
     if len(view.samples) == 1:
-        fig = go.Figure(waterfall(rows, view.names[0], folded))
-        ends = [0.0, *np.cumsum(values[:, 0]), logit[0]]
-        fallen = [end for end, value in zip(ends[1:], values[:, 0], strict=False) if value < 0]
-        fig.update_xaxes(range=charts.room_beside(ends, fallen, rows.labels, look))
+        fig = waterfall(rows, view.names[0], look)
     else:
         fig = go.Figure(bars(rows, view.names))
-        fig.data[0].marker = dict(
-            color=[*charts.signs(values.mean(1)), theme.NEUTRAL],
-            opacity=[theme.PALE if i == folded else 1.0 for i in range(len(every))],
-        )
+        fig.data[0].marker.opacity = rows.opacities
     fig.update_yaxes(charts.ledger_axis(rows.labels))
     fig.update_xaxes(title_text=view.words.units, zeroline=True)
     fig.update_layout(meta=dict(marks=charts.marks_of_rows(labels)))
-    heading = Heading(*headings(f"What wrote the {view.words.what} of", view))
+    heading = charts.heading_of(f"What wrote the {view.words.what} of", view)
     return charts.styled(fig, heading, look, Sizes(20 * len(rows.labels) + 20))
 
 
@@ -124,7 +115,7 @@ def candidates(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     names = [f"{name} ({x:+.4f} logits)" for name, x in zip(where, logits, strict=True)]
     every = np.stack(values, 1), np.array(logits)
     shown = view.values.mean(1)
-    heading = Heading(*headings("What wrote the logits of", view))
+    heading = charts.heading_of("What wrote the logits of", view)
     return charts.table(_grid(view, *every, columns, names, fold_by=(shown, k)), heading, look)
 
 
@@ -135,13 +126,14 @@ def positions(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     take them all.
     """
     values, logit = view.only()
-    tokens = [str(s.position) if s.token is None else visible(s.token) for s in view.samples]
+    tokens = [sample.short for sample in view.samples]
     names = [f"{name} ({x:+.4f} logits)" for name, x in zip(view.names, logit, strict=True)]
     grid = _grid(view, values, logit, tokens, names, fold_by=(values, k))
     grid = replace(grid, positions=[sample.position for sample in view.samples])
     columns = np.sort(np.abs(grid.values).max(0))
     colours = Colours(largest=float(columns[-2]) if len(columns) > 2 else None)
-    return charts.table(grid, Heading(*headings("What wrote the logit of", view)), look, colours)
+    heading = charts.heading_of("What wrote the logit of", view)
+    return charts.table(grid, heading, look, colours)
 
 
 def _grid(
@@ -162,6 +154,6 @@ def _grid(
         columns=columns,
         where=where,
         cells=[[number(value) for value in line] for line in values],
-        detail=values / np.where(logit == 0, np.nan, logit),
+        detail=share_of(logit, values),
         hover="<b>%{y}</b><br>%{z:+.4f} logits (%{customdata:.1%} of the logit)<br>%{x}",
     )

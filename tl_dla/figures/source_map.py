@@ -1,15 +1,16 @@
 """The heatmap of `source` rows: what each head moved from each token, for each candidate."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
 
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts
-from tl_dla.figures.charts import PLAIN, Grid, Heading, Look
-from tl_dla.figures.text import visible
-from tl_dla.figures.view import View, headings, largest
+from tl_dla.figures.charts import PLAIN, Grid, Look
+from tl_dla.figures.text import brief, visible
+from tl_dla.figures.view import View, largest, share_of
 
 
 def source_map(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
@@ -49,16 +50,12 @@ def source_map(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
         ],
         columns=[visible(token) for token in tokens],
         where=[f"from {i} {token!r}" for i, token in enumerate(tokens)],
-        cells=[["" if np.isnan(x) else _short(x) for x in line] for line in values],
-        detail=values / np.where(logit == 0, np.nan, logit),
+        cells=[[brief(x, 2) for x in line] for line in values],
+        detail=share_of(logit, values),
         hover="<b>%{y}</b> %{x}<br>%{z:+.4f} logits (%{customdata:.1%} of the logit)",
     )
-    title, about = headings("What heads moved, token by token, to the logit of", view)
-    more = len(lines) - len(kept)
-    about += f"<br>{more} lines that moved less are left out" if more else ""
-    return charts.table(drawn, Heading(title, about), look, cell_width=44)
-
-
-def _short(value: float) -> str:
-    """Two digits, and nothing where they would be 0."""
-    return "" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
+    heading = charts.heading_of("What heads moved, token by token, to the logit of", view)
+    if more := len(lines) - len(kept):
+        about = f"{heading.subtitle}<br>{more} lines that moved less are left out"
+        heading = replace(heading, subtitle=about)
+    return charts.table(drawn, heading, look, cell_width=44)

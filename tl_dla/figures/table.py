@@ -1,13 +1,12 @@
-"""The rows that matter as a table: for a terminal's text, a notebook or a page, and rich.
+"""The rows that matter as a table: as text, and as HTML for a notebook or a page.
 
-`table` is the one place that decides which rows are shown, in which order, and what is added up;
-`text`, `html` and `rich_table` write that down.
+`table` decides which rows are shown, in which order, and what is added up; `text` and `html` write
+that down.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -15,9 +14,6 @@ from jaxtyping import Float
 from tl_dla.figures import theme
 from tl_dla.figures.text import number
 from tl_dla.figures.view import View, largest, smaller, spread
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 _WIDTH, _HEIGHT = 150, 16
 _CELL = "padding:1px 10px;text-align:right;white-space:nowrap;border:0;background:none"
@@ -126,45 +122,6 @@ def text(table: Table) -> str:
         cells = [f"{value:+{w}.4f}" for value, w in zip(line.mean, columns, strict=True)]
         lines.append(f"  {line.label:>{width}}  {'  '.join(cells)}")
     return "\n".join(lines)
-
-
-# ---- a terminal --------------------------------------------------------------------------------
-
-
-def rich_table(
-    table: Table, names: Sequence[str] | None = None, bar_width: int = 32
-) -> "RichTable":
-    """The table with bars from a common 0, for rich; one number and bar a candidate.
-
-    Args:
-        table: what is shown.
-        names: of the lines, in place of their labels.
-        bar_width: in characters.
-    """
-    from rich.bar import Bar
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=None, pad_edge=False)
-    drawn.add_column("row", justify="right", no_wrap=True)
-    for name in table.candidates or [table.units]:
-        drawn.add_column(Text(repr(name) if table.candidates else name), justify="right")
-        drawn.add_column("")
-    styles = {"rest": "dim", "sum": "bold", "logit": "bold"}
-    means = np.stack([line.mean for line in table.lines if line.role in _PARTS])
-    low, high = min(0.0, float(means.min())), max(0.0, float(means.max()))
-    for line, name in zip(table.lines, names or [x.label for x in table.lines], strict=True):
-        cells: list[Text | Bar] = [Text(name)]
-        for value in line.mean.tolist():
-            begin, end = min(value, 0.0) - low, max(value, 0.0) - low
-            bar = Bar((high - low) or 1.0, begin, end, width=bar_width, color=_colour(value))
-            cells += [Text(f"{value:+.4f}"), bar if line.role in _PARTS else Text("")]
-        drawn.add_row(*cells, style=styles.get(line.role))
-    return drawn
-
-
-def _colour(value: float) -> str:
-    return "blue" if value > 0 else "red"
 
 
 # ---- a notebook, and a page --------------------------------------------------------------------

@@ -36,6 +36,13 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
+def brief(value: float, digits: int) -> str:
+    """A signed value of some digits; nothing where they would be 0, or there is none."""
+    if np.isnan(value) or abs(value) < 0.5 * 10**-digits:
+        return ""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def percent(share: float, what: str = "logit") -> str:
     """A share of the logit; a dash where the logit is 0 or nothing is known."""
     return f"{share:.1%} of the {what}" if np.isfinite(share) else "–"

@@ -9,9 +9,9 @@ from jaxtyping import Float
 
 from tl_dla.errors import ArgumentError
 from tl_dla.figures import charts, theme
-from tl_dla.figures.charts import PLAIN, Heading, Look, Sizes
-from tl_dla.figures.text import in_template, number, percent, safe, visible
-from tl_dla.figures.view import Sample, View, headings
+from tl_dla.figures.charts import PLAIN, Look, Sizes
+from tl_dla.figures.text import in_template, number, percent, safe
+from tl_dla.figures.view import View
 
 _STEP_COLOURS = {"attention": "#8a63a8", "MLP": "#c98a2b", "state space": "#4a9aa5"}
 _BODY = 340  # pixels
@@ -64,7 +64,9 @@ def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
         named = [(repr(name), end) for name, end in zip(view.candidates, ends, strict=True)]
     elif view.several_positions:
         traces = _position_lines(readings, view)
-        named = list(zip(map(_token, view.samples), readings.levels[-1, :, 0], strict=True))
+        named = [
+            (s.short, end) for s, end in zip(view.samples, readings.levels[-1, :, 0], strict=True)
+        ]
     else:
         traces = _prompt_lines(readings, view) + _steps(readings, view)
     fig = go.Figure(traces)
@@ -96,7 +98,7 @@ def trajectory(view: View, look: Look = PLAIN) -> go.Figure:
     at = zip(readings.names, readings.places, strict=True)
     marks = {name: ("x", "paper", place - 0.5, place + 0.5, 0.0, 1.0) for name, place in at}
     fig.update_layout(meta=dict(marks=marks))
-    heading = Heading(*headings("Reading of the stream for", view))
+    heading = charts.heading_of("Reading of the stream for", view)
     legend = 16 if named else 56 if look.narrow else 34
     return charts.styled(fig, heading, look, Sizes(_BODY, legend, 64, right=int(beside)))
 
@@ -156,7 +158,7 @@ def _position_lines(readings: _Readings, view: View) -> list[go.Scatter]:
         _line(
             readings,
             readings.levels[:, i, 0],
-            hovertemplate=f"{in_template(_token(view.samples[i]))}: %{{y:+.4f}}<extra></extra>",
+            hovertemplate=f"{in_template(view.samples[i].short)}: %{{y:+.4f}}<extra></extra>",
             line=dict(color=theme.POSITIVE, width=1.6),
             opacity=0.25 + 0.75 * view.samples[i].position / last,
             name=safe(name),
@@ -164,11 +166,6 @@ def _position_lines(readings: _Readings, view: View) -> list[go.Scatter]:
         )
         for i, name in enumerate(view.names)
     ]
-
-
-def _token(sample: Sample) -> str:
-    """A position's token, or where it is."""
-    return str(sample.position) if sample.token is None else visible(sample.token)
 
 
 def _candidate_lines(readings: _Readings, view: View) -> list[go.Scatter]:

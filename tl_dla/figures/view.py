@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tl_dla.errors import ArgumentError
-from tl_dla.figures.text import safe, shorten
+from tl_dla.figures.text import shorten, visible
 
 MOST_CANDIDATES = 500
 
@@ -38,6 +38,11 @@ class Sample:
         token = "" if self.token is None else f" {self.token!r}"
         text = f": {shorten(self.text)}" if self.text else ""
         return f"prompt {self.prompt}, position {self.position}{token}{text}"
+
+    @property
+    def short(self) -> str:
+        """The token for a small cell; its position where it is not known."""
+        return str(self.position) if self.token is None else visible(self.token)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class View:
     @property
     def share(self) -> Float[np.ndarray, "row sample candidate"]:
         """Of the model's own logit; NaN where that is 0."""
-        return self.values / np.where(self.logit == 0, np.nan, self.logit)
+        return share_of(self.logit, self.values)
 
     def only(self) -> tuple[Float[np.ndarray, "row sample"], Float[np.ndarray, " sample"]]:
         """Values and logits of the first, and as a rule the one, candidate."""
@@ -158,14 +163,11 @@ class View:
         return [row for row, own in enumerate(self.kinds) if own == kind]
 
 
-def headings(what: str, view: View) -> tuple[str, str]:
-    """Title and subtitle, escaped: what is attributed, where, and whether it adds up."""
-    named = view.over_candidates
-    names = list(map(repr, view.candidates)) if named else view.words.target.split(", ")
-    if len(names) > 5:  # more would leave the figure on the right
-        names = [*names[:3], "…", names[-1]]
-    title = f"{what} {safe(shorten(', '.join(names)))}"
-    return title, f"{safe(where(view))}<br>{safe(view.words.certificate)}"
+def share_of(
+    total: Float[np.ndarray, "..."], values: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
+    """What part of a total the values are; NaN where that is 0."""
+    return values / np.where(total == 0, np.nan, total)
 
 
 def where(view: View) -> str:
@@ -191,10 +193,15 @@ def require_few(view: View) -> None:
 # ---- which rows matter -------------------------------------------------------------------------
 
 
-def largest(shown: Float[np.ndarray, "row shown"], k: int) -> Int[np.ndarray, " k"]:
-    """The k rows of largest magnitude (its mean over all numbers that are shown), best first."""
+def require_some(k: int) -> None:
+    """Raise where no row at all would be named."""
     if k < 1:
         raise ArgumentError(f"k must be at least 1; {k} was given.")
+
+
+def largest(shown: Float[np.ndarray, "row shown"], k: int) -> Int[np.ndarray, " k"]:
+    """The k rows of largest magnitude (its mean over all numbers that are shown), best first."""
+    require_some(k)
     return np.argsort(-np.abs(shown).mean(1), kind="stable")[:k]
 
 
