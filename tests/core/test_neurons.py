@@ -150,6 +150,14 @@ def test_top_neurons_keep_their_rows_and_the_others_share_one(name, pos):
     assert top.reconstruction.passed
 
 
+@of_4
+def test_where_there_are_experts_alone_top_neurons_leaves_every_row():
+    model = load("mixtral")
+    full, top = attribute(model), attribute(model, top_neurons=3)
+    assert top.labels == full.labels and full.kinds.count("expert") == 12
+    torch.testing.assert_close(top.attribution, full.attribution)
+
+
 def test_positions_that_a_short_prompt_lacks_do_not_rank_neurons():
     """The junk that stands at them would count otherwise."""
     model, mask = load("llama"), torch.ones(2, 11, dtype=torch.long)
