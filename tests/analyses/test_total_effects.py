@@ -134,3 +134,14 @@ def test_a_model_without_the_unit_is_said():
     for lines in ("frozen", "tangent"):
         with pytest.raises(ArgumentError, match='no rows of unit="neuron"'):
             effects(result, "neuron", lines, "half")
+
+
+@pytest.mark.parametrize("lines", ["frozen", "tangent"])
+def test_inference_mode_changes_no_effect(lines):
+    model = load("llama")
+    expected = attribute_inputs(model, tokens(), ANSWERS, INCORRECT).effects("head", lines)
+    with torch.inference_mode():
+        result = attribute_inputs(model, tokens().clone(), ANSWERS.clone(), INCORRECT.clone())
+        inside = result.effects("head", lines)
+    for found in (inside, result.effects("head", lines)):
+        torch.testing.assert_close(found.attribution, expected.attribution)

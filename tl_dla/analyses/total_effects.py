@@ -18,6 +18,7 @@ writes passes through later MLPs, whose effects hold it again.
 """
 
 from collections.abc import Sequence, Sized
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -143,8 +144,9 @@ def effects(result: Attribution, unit: EffectUnit, lines: Lines | None, mlp: Rul
         raise ArgumentError(f'lines must be "frozen" or "tangent"; {lines!r} was given.')
     if lines == "tangent":
         once = again(result, "component")
-        with torch.enable_grad():
-            keys, values = _tangent(result.query, once.parts.reader, unit)
+        with torch.inference_mode(False), torch.enable_grad():
+            # A copy, since what inference_mode made has no gradients, here or when it was asked.
+            keys, values = _tangent(deepcopy(result.query), once.parts.reader, unit)
     else:
         network = Network(ModelReader(result.model), mlp, result.query)
         once = again(result, "component", taps=network.taps, within=network.within)
