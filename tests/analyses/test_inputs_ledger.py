@@ -23,3 +23,9 @@ def test_rows_are_asked_for_as_any_result_s_are():
         ablate(result, ["embed←3"], progress=False)
     with pytest.raises(ArgumentError, match="written at no one place"):
         attribute_path(result, "L1H0", 2)
+
+
+def test_the_flow_of_a_mean_says_that_it_is_one():
+    mean = attribute_inputs(strong("gpt2")[0], tokens(), ANSWERS, INCORRECT).mean()
+    with pytest.raises(ArgumentError, match="a mean over 2 prompts"):
+        mean.plot_flow()

@@ -13,6 +13,7 @@ from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import Readout, decompose, direct_logit_attribution, required_hooks
 from tl_dla.core.rows import RowKey
 from tl_dla.core.vectors import ResidualStack
+from tl_dla.errors import ArgumentError
 
 UNITS = ["component", "layer", "head"]
 # TransformerLens asks for a hook_resid_mid that these do not have.
@@ -205,3 +206,16 @@ def test_a_row_by_its_label():
 
 def close(actual, expected, atol):
     torch.testing.assert_close(actual, expected.detach(), atol=atol, rtol=0)
+
+
+def test_the_readout_of_edited_weights_is_not_given_for_the_result_s():
+    model = load.__wrapped__("gpt2")
+    result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT)
+    own = result.readout.direction
+    with torch.no_grad():
+        model.blocks[1].mlp.out.original_component.weight.mul_(1.5)
+    torch.testing.assert_close(result.readout.direction, own)  # the stream is read as it was
+    with torch.no_grad():
+        model.ln_final.original_component.weight.mul_(1.5)
+    with pytest.raises(ArgumentError, match="the model was changed since"):
+        _ = result.readout

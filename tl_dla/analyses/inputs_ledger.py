@@ -22,7 +22,7 @@ from tl_dla.core.certificate import Reconstruction, Wanted, certify
 from tl_dla.core.network.pull import Network, Pulled
 from tl_dla.core.network.readouts import directions, pull_all
 from tl_dla.core.network.step import Rule
-from tl_dla.core.result import Attribution
+from tl_dla.core.result import Attribution, require_prompts
 from tl_dla.core.rounding import Sizes, rounding
 from tl_dla.core.rows import RowGroup, RowKey, Rows
 from tl_dla.core.run import Run
@@ -136,6 +136,7 @@ class InputLedger(Attribution):
         from tl_dla.figures.flow import FlowView, flow
 
         b, p, c = (index or 0 for index in self.places(prompt, position, candidate))
+        require_prompts(self)
         if not self.has_tokens:
             raise ArgumentError(
                 "The flow is drawn over the prompt's tokens, and the cache came without them: pass"

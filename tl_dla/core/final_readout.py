@@ -14,7 +14,7 @@ from tl_dla.core.decomposition import of_query
 from tl_dla.core.mean_logit import capped_mean
 from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution, require_prompts
-from tl_dla.core.run import Run, again
+from tl_dla.core.run import Run, again, require_rerun
 from tl_dla.core.taps import Kept, Tap, exact, recall
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
@@ -39,7 +39,12 @@ def token_readout(result: Attribution) -> Readout:
     query = result.query
     if query.targets.mean_of_vocab and not is_linear(query.model):
         return again(result, "component").parts.readout
-    return of_query(query, "component", Selection()).readout
+    readout, own = of_query(query, "component", Selection()).readout, result.numbers.readouts
+    if own is not None:
+        differs = readout.checksum().cpu() != own.cpu()
+        if bool(differs[query.positions.valid.cpu()].any()):  # other weights, or another device
+            require_rerun(result)
+    return readout
 
 
 def frozen_readout(query: Query, cache: Any) -> Readout:
