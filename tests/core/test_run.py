@@ -14,7 +14,9 @@ from tl_dla import (
     ReconstructionError,
     ablate,
     attribute_path,
+    check_model,
     direct_logit_attribution,
+    logit_lens,
 )
 from tl_dla.core import run
 from tl_dla.core.certificate import Reconstruction
@@ -177,6 +179,23 @@ def test_contractions_stay_in_float32_under_autocast():
     # Added up in bfloat16, the rows would miss each other by a hundredth of the largest.
     total = result.attribution.double().sum(0)
     assert float((total - result.reconstruction.reconstructed).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma2", "falcon"])
+def test_what_reads_the_model_again_knows_of_autocast(name):
+    model = load(name)
+    labels = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT).labels
+    with torch.autocast("cpu", torch.bfloat16):
+        result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT)
+        table = result.audit(2, progress=False).to_dataframe()
+        lens = logit_lens(model, tokens(), ANSWERS)
+        assert check_model(model, tokens()).passed
+        own = model(tokens())[:, -1].detach().float()
+    assert result.labels == labels  # none of rounding
+    assert table.notna().direct_recomputed.all()
+    torch.testing.assert_close(lens.values[-1, :, -1, 0], own[[0, 1], ANSWERS], atol=0.03, rtol=0)
+    # Added up in bfloat16 they would be its numbers, and equal to their rounding.
+    assert not torch.equal(lens.values, lens.values.bfloat16().float())
 
 
 def test_a_path_of_almost_no_weight_is_certified():

@@ -5,7 +5,7 @@ import torch
 
 from tests.support.models import either, load, with_tokenizer, words
 from tests.zoo.build import tokens
-from tl_dla import direct_logit_attribution, required_hooks
+from tl_dla import attribute_inputs, direct_logit_attribution, required_hooks
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.inputs.caches import check_cache, read_cache, read_cached_prompts
 
@@ -113,3 +113,25 @@ def test_what_is_no_cache_is_one_sentence(model):
     for given, name in [(pair, "tuple"), (pair[0], "Tensor"), ("cache", "str")]:
         with pytest.raises(ArgumentError, match=f"a {name} was given: logits, cache = model.run"):
             direct_logit_attribution(model, tokens(), 5, cache=given)
+
+
+@pytest.mark.parametrize("unit", ["component", "head", "input"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cache_in_half_precision_is_read_as_what_it_was_rounded_from(unit, dtype):
+    model, batch = load("falcon"), tokens()
+    _, cache = model.run_with_cache(batch)
+    half = {name: x.to(dtype) for name, x in cache.items() if x.is_floating_point()}
+
+    def attribute(**options):
+        if unit == "input":
+            return attribute_inputs(model, batch, 5, 9, pos=[-1, 3], **options)
+        return direct_logit_attribution(model, batch, 5, 9, unit=unit, pos=[-1, 3], **options)
+
+    whole, read = attribute(), attribute(cache=half)
+    assert read.labels == whole.labels and read.reconstruction.passed  # no row of rounding
+    miss = float((read.attribution - whole.attribution).abs().max())
+    assert 0 < miss < 4 * torch.finfo(dtype).eps * float(whole.attribution.abs().max())
+    other = batch.clone()
+    other[1, 4] += 1
+    with pytest.raises(TokenError, match="position 4 of prompt 1"):
+        direct_logit_attribution(model, other, 5, cache=half)

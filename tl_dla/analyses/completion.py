@@ -337,7 +337,8 @@ class _Seen:
         assert once.kept.logits is not None
         returned = once.kept.logits[..., 0].to(own)
         # The model may do something to its logits that is not understood.
-        allowed = logits_tolerance(ModelReader(self.model).dtype) * returned.abs().amax()
+        eps = max(ModelReader(self.model).machine_eps, once.kept.machine_eps)
+        allowed = logits_tolerance(eps) * returned.abs().amax()
         understood = (own - returned).abs() <= allowed
         valid = once.query.positions.valid.to(ranks.device)
         log_probs = torch.where(understood, log_probs, torch.nan)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tl_dla.analyses.lens_result import LogitLens
 from tl_dla.analyses.vocabulary import read_vocabulary
 from tl_dla.core.rounding import logits_tolerance
-from tl_dla.core.taps import Tap, exact, forward
+from tl_dla.core.taps import Kept, Tap, exact, forward
 from tl_dla.errors import ArgumentError, ReconstructionError, UnsupportedModelError
 from tl_dla.inputs.models import require_eval, require_model
 from tl_dla.inputs.positions import Positions, read_positions
@@ -110,9 +110,9 @@ def logit_lens(
         raise ArgumentError(f"top_k must be 1 to {unembed.d_vocab} tokens; {top_k} was given.")
 
     points = [point for point in stream.points if point.block or incl_mid]
-    states, last, own = _record(reader, points, prompts, positions, unembed)
+    states, last, kept = _record(reader, points, prompts, positions, unembed)
     read = read_vocabulary(unembed, states, targets, top_k)
-    _certify(reader, points[-1], unembed, last, own)
+    _certify(reader, points[-1], unembed, last, kept)
 
     valid = positions.valid.to(read.entropy.device)
     tensors: dict[str, Any] = {name: _masked(x, valid) for name, x in vars(read).items()}
@@ -132,7 +132,7 @@ def _record(
     prompts: Prompts,
     positions: Positions,
     unembed: Unembedding,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Kept]:
     """The normalised stream at each point, at each prompt's end, and the model's own logits there.
 
     The model runs once, and itself unembeds only the prompts' ends.
@@ -153,26 +153,27 @@ def _record(
     kept = forward(query, [*taps, end])
     with exact():
         states = [unembed.normalise(kept[tap]) for tap in taps]
-        assert kept.logits is not None
-        return states, unembed.normalise(kept[end]), kept.logits
+        return states, unembed.normalise(kept[end]), kept
 
 
-@torch.no_grad()
+@exact()
 def _certify(
-    reader: ModelReader, final: ResidPoint, unembed: Unembedding, last: Tensor, own: Tensor
+    reader: ModelReader, final: ResidPoint, unembed: Unembedding, last: Tensor, kept: Kept
 ) -> None:
     """Hold the reading of the final stream against the model's own logits, over the vocabulary.
 
     `logits_tolerance` says how far they may be apart.
     """
+    own = kept.logits
+    assert own is not None
     error = max(
         float(difference.abs().nan_to_num(torch.inf).max())
         for chunk in unembed.chunks()
         for difference in [chunk.logits(last) - own[..., chunk.part].to(last.device)]
     )
     largest = float(own.abs().max())
-    dtype = next(p.dtype for p in reader.model.parameters() if p.is_floating_point())
-    if error <= logits_tolerance(dtype) * largest:
+    eps = max(reader.machine_eps, kept.machine_eps)
+    if error <= logits_tolerance(eps) * largest:
         return
     if not reader.shows_final_stream(final):
         raise UnsupportedModelError(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_dla.core.taps import exact
 from tl_dla.inputs.targets import Targets
 from tl_dla.model.unembedding import Unembedding
 
@@ -27,7 +28,7 @@ class Reading:
     ranks: Int[Tensor, "layer batch pos token"] | None
 
 
-@torch.no_grad()
+@exact()
 def read_vocabulary(
     unembed: Unembedding,
     states: list[Float[Tensor, "batch pos d"]],

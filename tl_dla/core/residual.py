@@ -122,8 +122,9 @@ class StreamTaps:
         abs_sum = after.abs().index_add(0, block, written.abs())
         rest = after - explained
         count = after.new_tensor([max(n, 1) for n in additions[:-1]]).sqrt()[:, None, None, None]
+        eps = max(reader.machine_eps, kept.kept.machine_eps)
         fine = explained_by_rounding(
-            rest, size * count, abs_sum, reader.machine_eps, self.steps[-1][1].direction.shape[-1]
+            rest, size * count, abs_sum, eps, self.steps[-1][1].direction.shape[-1]
         )
         missed = (~fine).flatten(1).any(1).tolist()
         rows: list[RowGroup] = []

@@ -254,8 +254,8 @@ def require_same(
     if not bool((miss <= allowed)[at].all()):
         raise ArgumentError(
             "Another run of the result's prompts does not give its logits again (off by"
-            f" {float(miss[at].max()):.3g}): it was made from a cache of another run, or the model"
-            " was changed since. Attribute again with the input."
+            f" {float(miss[at].max()):.3g}): it was made from a cache of another run or under"
+            " autocast, or the model was changed since. Attribute again with the input."
         )
 
 

@@ -78,7 +78,7 @@ class Kept:
     """What the taps kept, and the target tokens' logits before and after the output transform.
 
     A tap may keep several tensors of a place that is given several. `machine_eps` is that of the
-    logits which the model returned; without logits it is 0.
+    logits which the model returned, or the widest of a cache's; without either it is 0.
     """
 
     values: Mapping[Tap, Tensor | tuple[Tensor, ...]]
@@ -300,10 +300,11 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
                 else "this model shows them at no hook, so give the input in place of the cache."
             )
         )
-    reading = Reading()
+    reading, eps = Reading(), 0.0
     with exact():
         for name, wanted in by_site.items():
             x = cache.cache_dict[names[name]]
+            eps = max(eps, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
             x = _batched(x if cache.has_batch_dim else x[None], batch, pos)
             taken = None
             for tap in wanted:
@@ -312,7 +313,7 @@ def recall(reader: ModelReader, cache: Any, query: Query, taps: Sequence[Tap]) -
                 else:
                     taken = tap.of(x, positions, begins) if taken is None else taken
                     reading.read(tap, taken)
-        return Kept(reading.end())
+        return Kept(reading.end(), machine_eps=eps)
 
 
 def select(

@@ -171,10 +171,11 @@ def _starts_differ(
     with alone_on(model), torch.no_grad(), suppress(_Stop), model.hooks(fwd_hooks=[(name, keep)]):
         model(prompts.packed)
     held = cache.cache_dict[name]
-    held = prompts.pack(held if cache.has_batch_dim else held[None]).to(fresh[0])
+    held = prompts.pack(held if cache.has_batch_dim else held[None]).to(fresh[0].device)
     miss = (held - fresh[0]).abs().amax(-1)
     # Twice the rounding of a sum and a norm; another token's embedding misses by about its size.
-    allowed = min(64 * torch.finfo(fresh[0].dtype).eps, 0.1)
+    eps = max(torch.finfo(x.dtype).eps for x in (held, fresh[0]))
+    allowed = min(64 * eps, 0.1)
     return (miss > allowed * fresh[0].abs().amax(-1)).to(prompts.tokens.device)
 
 

@@ -39,7 +39,7 @@ class ModelReader:
         self._norms = norms = NormReader(hooks)
         self._attention = attention = AttentionReader(hooks, norms)
         stream = StreamReader(hooks, norms)
-        self.model = model
+        self.model, self._autocast = model, _autocast_eps()
         self.hooks = hooks.by_name
         self.is_bridge, self.architecture = hooks.is_bridge, hooks.architecture
         self.n_layers, self.site = hooks.n_layers, hooks.site
@@ -90,9 +90,12 @@ class ModelReader:
     def machine_eps(self) -> float:
         """Machine epsilon of the narrowest dtype that the stream and its norms go through.
 
-        Many models take their norms in float32 whatever their own dtype. Where the unembedding is
-        packed, that of its map.
+        Many models take their norms in float32 whatever their own dtype; autocast takes products in
+        a narrower one. Where the unembedding is packed, that of its map.
         """
+        return max(self._stored_eps(), self._autocast)
+
+    def _stored_eps(self) -> float:
         unembed = unwrap(getattr(self.model, "unembed", None))
         if is_packed(unembed) and (own := own_map(unembed, self.model)) is not None:
             return max(own[1], torch.finfo(self.dtype).eps)
@@ -106,6 +109,12 @@ class ModelReader:
             if float((y - exact).abs().max()) > 1e-12 * float(exact.abs().max()):
                 return torch.finfo(torch.float32).eps
         return torch.finfo(self.dtype).eps
+
+
+def _autocast_eps() -> float:
+    """Machine epsilon of what autocast takes products in; 0 where there is none."""
+    on = [torch.get_autocast_dtype(x) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
+    return max((torch.finfo(dtype).eps for dtype in on), default=0.0)
 
 
 def _refuse_other_streams(hooks: Hooks) -> None:

@@ -229,7 +229,8 @@ class Network:
     ) -> dict[str, Float[Tensor, "batch target source"]]:
         """What the start of the stream holds, by what wrote it."""
         first = next(i for i, step in enumerate(self.steps) if isinstance(step, ResidPoint))
-        x, eps, found = xs[first], self.reader.machine_eps, {}
+        x, found = xs[first], {}
+        eps = max(self.reader.machine_eps, kept.machine_eps)
         total = torch.zeros_like(x)
         for i, step in enumerate(self.steps[:first]):
             assert isinstance(step, Write)
