@@ -274,7 +274,6 @@ class AnswerAttribution(Savable):
         prompts = sorted(first)
         numbers = [x.detach().cpu().double().numpy() for x in (self.attribution, self.logit)]
         target = self.target(prompts[0]) if len(prompts) == 1 else "each prompt's own answer"
-        certificate = f"{'✓' if self.reconstruction.passed else '✗'} {self.reconstruction}"
         return replace(
             view,
             values=numbers[0][:, prompts, None],
@@ -284,7 +283,7 @@ class AnswerAttribution(Savable):
                 view.words,
                 target=target,
                 logit="sum of the model's own logits",
-                certificate=". ".join(filter(None, [certificate, self.remark])),
+                certificate=". ".join(filter(None, [self.reconstruction.marked, self.remark])),
             ),
         )
 

@@ -171,7 +171,7 @@ class AttentionAttribution:
         from tl_dla.figures.scores import scores
 
         query, key = view_of(self.by_query, prompt), view_of(self.by_key, prompt)
-        words = replace(query.words, certificate=self._mark)
+        words = replace(query.words, certificate=self.reconstruction.marked)
         heading = heading_of("Who wrote the score of", replace(query, words=words))
         pairs = self._mean(prompt).double().numpy()
         return scores(query, key, pairs, heading, k, Look(title, width, height))
@@ -192,7 +192,7 @@ class AttentionAttribution:
             '<span style="opacity:.7"> · nats</span></div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:0 24px">{sides}</div>'
             f'<div style="opacity:.7">{escape(self._pairs_in_words())}</div>'
-            f"<div>{escape(self._mark, quote=False)}</div></div>"
+            f"<div>{escape(self.reconstruction.marked, quote=False)}</div></div>"
         )
 
     def __repr__(self) -> str:
@@ -202,12 +202,8 @@ class AttentionAttribution:
         lines = [f'AttentionAttribution: {self.by_query.target}, unit="{self.by_query.unit}"']
         for name, side in (("query", self.by_query), ("key", self.by_key)):
             lines += [f" who wrote the {name}", text(table(view_of(side), _SHOWN))]
-        return "\n".join([*lines, f" {self._pairs_in_words()}", f"  {self._mark}"])
+        return "\n".join([*lines, f" {self._pairs_in_words()}", f"  {self.reconstruction.marked}"])
 
     def _pairs_in_words(self) -> str:
         pairs = ", ".join(f"{q} × {k} {value:+.4f}" for (q, k), value in self.top(3))
         return f"largest pairs: {pairs}"
-
-    @property
-    def _mark(self) -> str:
-        return f"{'✓' if self.reconstruction.passed else '✗'} {self.reconstruction}"

@@ -68,7 +68,8 @@ class TokenMap:
 
         `sources` may be vectors of one's own, `[source, d_model]`, as the stream starts with.
         """
-        return self._read(self._vectors(sources), token_ids(self.model, targets).flatten())
+        matrix = self.matrix(targets)
+        return self._vectors(sources).to(matrix) @ matrix
 
     def matrix(self, targets: Tokens) -> Float[Tensor, "d_model target"]:
         """The map itself: `embedding @ matrix` are the logits of `targets`."""
@@ -135,14 +136,8 @@ class TokenMap:
         """The tokens of the whole vocabulary that the head promotes most from a source token."""
         embedding = _embeddings(self.model, token_ids(self.model, [source]).flatten())
         vocab = torch.arange(unembed_matrix(self.model).shape[1], device=embedding.device)
-        logits = torch.cat([self._read(embedding, ids)[0] for ids in vocab.split(chunk_size)])
+        logits = torch.cat([self(embedding, ids)[0] for ids in vocab.split(chunk_size)])
         return top_tokens(self.model, logits, k)
-
-    def _read(
-        self, embeddings: Float[Tensor, "source d_model"], targets: Int[Tensor, " target"]
-    ) -> Float[Tensor, "source target"]:
-        matrix = self.matrix(targets)
-        return embeddings.to(matrix) @ matrix
 
 
 def token_map(model: Any, layer: int, head: int, *, path: Attribution | None = None) -> TokenMap:

@@ -104,6 +104,11 @@ class Reconstruction:
         return self.max_error / largest if largest else self.max_error
 
     @property
+    def marked(self) -> str:
+        """In words, after a mark that says whether it passed."""
+        return f"{'✓' if self.passed else '✗'} {self}"
+
+    @property
     def passed(self) -> bool:
         """Whether every error, here and in the parts, is one that rounding can explain.
 

@@ -140,7 +140,7 @@ def _words(result: Shown) -> Words:
     return Words(
         target=result.target + through,
         logit=result.total,
-        certificate=f"{'✓' if result.reconstruction.passed else '✗'} {result.reconstruction}",
+        certificate=result.reconstruction.marked,
         what=result.what,
         units=result.units,
     )

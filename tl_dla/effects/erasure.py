@@ -25,11 +25,11 @@ from torch import Tensor
 
 from tl_dla.core.labelled import require_direct, require_rows
 from tl_dla.core.result import Attribution
+from tl_dla.core.rows import RowKey
 from tl_dla.core.vectors import ResidualStack
 from tl_dla.effects.recomputed import written
 from tl_dla.errors import ArgumentError
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.stream import ResidPoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,21 +185,20 @@ def erasures(
     """
     require_direct(result)
     stack = written(result) if stack is None else stack
-    kinds = dict(zip(result.labels, result.kinds, strict=True))
+    keys = dict(zip(result.labels, result.keys, strict=True))
+    shared = [label for label in stack.labels if label in keys]
     if writers is None:
-        writers = [label for label in stack.labels if kinds.get(label, "rest") not in _NO_WRITERS]
+        writers = [label for label in shared if keys[label].kind not in _NO_WRITERS]
     for label in require_rows(result, writers):
-        if kinds[label] in _NO_WRITERS or label not in stack.labels:
-            raise ArgumentError(f"Row {label!r} (kind {kinds[label]!r}) writes nothing of its own.")
-    shared = [label for label in stack.labels if label in kinds]
+        if (kind := keys[label].kind) in _NO_WRITERS or label not in shared:
+            raise ArgumentError(f"Row {label!r} (kind {kind!r}) writes nothing of its own.")
     vectors = torch.stack([stack[label] for label in shared])
     norm = ModelReader(result.model).stream().norm
     if norm is not None and norm.centred:
         vectors = vectors - vectors.mean(-1, keepdim=True)
-    order = _order(result, shared)
-    own = torch.tensor([order[label] for label in writers])
-    later = torch.tensor([order[label] for label in shared]) > own[:, None]
     rows = [shared.index(label) for label in writers]
+    order = torch.tensor(_order(ModelReader(result.model), [keys[label] for label in shared]))
+    later = order > order[rows, None]
     dots = torch.stack([(vectors * vectors[i]).sum(-1) for i in rows])
     squares = vectors[rows].square().sum(-1)
     ratio = dots / squares[:, None]
@@ -209,19 +208,15 @@ def erasures(
     return Erasures(list(writers), shared, ratio, later, direct, squares.sqrt())
 
 
-def _order(result: Attribution, labels: Sequence[str]) -> dict[str, int]:
+def _order(reader: ModelReader, keys: Sequence[RowKey]) -> list[int]:
     """When each row is written.
 
     An MLP comes after the attention of its own block only where the stream can be seen between
     them: in a parallel block neither reads the other.
     """
-    steps = ModelReader(result.model).stream().steps
-    middles = {s.layer for s in steps if isinstance(s, ResidPoint) and not s.block}
-    layers = dict(zip(result.labels, result.layers, strict=True))
-    kinds = dict(zip(result.labels, result.kinds, strict=True))
-    order = {}
-    for label in labels:
-        layer = layers[label]
-        after = kinds[label] == "mlp" and layer in middles
-        order[label] = -1 if layer is None else 2 * layer + int(after)
-    return order
+    middles = {point.layer for point in reader.stream().points if not point.block}
+    after = [key.kind == "mlp" and key.layer in middles for key in keys]
+    return [
+        -1 if key.layer is None else 2 * key.layer + later
+        for key, later in zip(keys, after, strict=True)
+    ]
