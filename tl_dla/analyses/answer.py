@@ -244,18 +244,14 @@ class AnswerAttribution(Savable):
     def _page(self, prompt: int) -> str:
         view = self._step_view(prompt)
         prompt %= len(self.answers)
-        n = len(self.answers[prompt])
+        n, first = len(self.answers[prompt]), int(self.steps.positions.index[prompt, 0])
         return answer_page.page(
             view,
-            prompt=[*self._prompt_tokens(prompt)],
+            prompt=prompt_tokens(self.steps, prompt)[: first + 1],
             segments=self.segments[prompt],
             log_probs=self.log_probs[prompt, :n].tolist(),
             ranks=self.ranks[prompt, :n].tolist(),
         )
-
-    def _prompt_tokens(self, prompt: int) -> list[str]:
-        first = int(self.steps.positions.index[prompt, 0])
-        return prompt_tokens(self.steps, prompt)[: first + 1]
 
     def _step_view(self, prompt: int) -> View:
         """Rows by the tokens of one prompt's answer."""

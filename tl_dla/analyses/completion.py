@@ -265,14 +265,14 @@ class _About:
         prompts, positions, ids = _laid_out(model, [*starts] * (1 if others is None else 2), flat)
         query = Query(model, prompts, positions, _targets(ids, None))
         if against == "runner-up":
-            seen = _Seen(model, ids)
-            once = run(query, "component", taps=seen.taps)
-            ids = torch.cat([ids, seen.odds(once).runner_up.clamp(min=0)[..., None]], -1)
+            reads = _OddsReader(model, ids)
+            once = run(query, "component", taps=reads.taps)
+            ids = torch.cat([ids, reads.odds(once).runner_up.clamp(min=0)[..., None]], -1)
         query = Query(model, prompts, positions, _targets(ids, against))
-        seen = _Seen(model, ids[..., :1])
-        once = run(query, self.unit, self.selection, taps=seen.taps)
+        reads = _OddsReader(model, ids[..., :1])
+        once = run(query, self.unit, self.selection, taps=reads.taps)
         whole = once.result(Attribution).certified(self.check, CAUSE)
-        odds, steps, other = seen.odds(once), whole, None
+        odds, steps, other = reads.odds(once), whole, None
         if others is not None:
             own, rest = (slice(0, n), slice(n, 2 * n))
             steps, other = (once.part(at, query.part(at)).result(Attribution) for at in (own, rest))
@@ -315,7 +315,7 @@ def _targets(ids: Int[Tensor, "prompt step token"], against: Against | None) -> 
 # ---- log-probabilities and ranks ---------------------------------------------------------------
 
 
-class _Seen:
+class _OddsReader:
     """The model's own words on each token, read off the logits as they pass by."""
 
     def __init__(self, model: Any, ids: Int[Tensor, "prompt step 1"]) -> None:

@@ -173,7 +173,7 @@ def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = Fa
     ends = [
         RowGroup.one(group.keys[0], added(group.values[0] * ratio)) for group in once.rows.constants
     ]
-    starts = [_tokens(name, held) for name, held in pulled.start.items()]
+    starts = [_token_rows(name, held) for name, held in pulled.start.items()]
     # Forwards again: the pull met the last constant first.
     biases = [RowGroup.one(key, value) for key, value in reversed(pulled.biases.items())]
     logits = added(base.numbers.logits.to(ratio))
@@ -198,7 +198,7 @@ def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = Fa
     return of(rows.values, rows.keys, "input", *about, held=held, mlp=network.rule)
 
 
-def _tokens(name: str, held: Float[Tensor, "batch pos candidate source"]) -> RowGroup:
+def _token_rows(name: str, held: Float[Tensor, "batch pos candidate source"]) -> RowGroup:
     """A row for each token's place at the start of the stream."""
     kind: Kind = "rest" if name == "embed_rest" else "embed"
     keys = [RowKey(kind, None, name, source=source) for source in range(held.shape[-1])]

@@ -151,9 +151,9 @@ def effects(result: Attribution, unit: EffectUnit, lines: Lines | None, mlp: Rul
         network = Network(ModelReader(result.model), mlp, result.query)
         once = again(result, "component", taps=network.taps, within=network.within)
         with exact():
-            shown = _Shown(unit)
-            pull_all(once, network, directions(once), shown)
-        keys, values = shown.joined(network.reader.stream().writes, result.values.shape[2:])
+            pulled = _PulledEffects(unit)
+            pull_all(once, network, directions(once), pulled)
+        keys, values = pulled.joined(network.reader.stream().writes, result.values.shape[2:])
     return Effects(values, keys, unit, lines, result.query)
 
 
@@ -165,7 +165,7 @@ def _require_rows(unit: EffectUnit, found: Sized) -> None:
 # ---- frozen lines ------------------------------------------------------------------------------
 
 
-class _Shown:
+class _PulledEffects:
     """What a pull shows of a unit: effects of each write, for some targets after the others."""
 
     def __init__(self, unit: EffectUnit) -> None:

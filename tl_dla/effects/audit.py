@@ -30,7 +30,7 @@ from tl_dla.effects.erasure import Erasures, erasures
 from tl_dla.effects.flags import FLAGS, Flag, RowEffects, flags_of, where
 from tl_dla.effects.interventions import ABLATABLE, Group, How, name_groups, run_ablated
 from tl_dla.effects.recomputed import FinalLogits, written
-from tl_dla.effects.repair import SelfRepair, compare
+from tl_dla.effects.repair import SelfRepair, repair_of
 from tl_dla.effects.substitutes import Ablation, At
 from tl_dla.effects.suppression import copy_suppression
 from tl_dla.errors import ArgumentError, UnsupportedModelError
@@ -254,7 +254,7 @@ def audit(
     repairs, recomputed = {}, []
     for name, labels in groups.items():
         ablated = runs[name].result(Attribution).certified("raise", CAUSE)
-        repairs[name] = compare(result, name, labels, ablated)
+        repairs[name] = repair_of(result, name, labels, ablated)
         removed = _added(stack, labels)
         if taps:
             there = stack_of(vectors, runs[name].kept, result.positions)

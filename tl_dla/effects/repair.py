@@ -186,10 +186,10 @@ def self_repair(
     """
     ((name, labels),) = name_groups([rows]).items()
     runs = ablate(result, [rows], ablation=ablation, at=at, reference=reference, progress=False)
-    return compare(result, name, labels, runs[name])
+    return repair_of(result, name, labels, runs[name])
 
 
-def compare(
+def repair_of(
     result: Attribution,
     name: str,
     ablated_rows: Sequence[str],
