@@ -114,19 +114,17 @@ def read_targets(
     if incorrect is not None and not mean:
         wrong = strings.ids(incorrect)
     strings.question()
-    if names is not None and wrong is None and not mean:
-        return Targets(ids, None, names)
+    if wrong is None and not mean:
+        return Targets(ids, None if names else torch.ones(1, 1, dtype=torch.float64), names)
     if ids.shape[-1] > _MOST_WITH_BASELINE:
         raise ArgumentError(
             f"incorrect_tokens is for at most {_MOST_WITH_BASELINE} candidates, and there are"
             f" {ids.shape[-1]}: attribute to them without it, and subtract the baseline's column."
         )
     weights = torch.eye(ids.shape[-1], dtype=torch.float64)
-    if mean:
+    if wrong is None:  # the baseline is the mean
         baseline = -torch.ones(len(weights), 1, dtype=torch.float64)
         return Targets(ids, torch.cat([weights, baseline], 1), names, mean_of_vocab=True)
-    if wrong is None:
-        return Targets(ids, weights, names)
     wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=ids.shape[1] > 1)
     if names is None:
         _question_same(model, ids, wrong)
