@@ -72,8 +72,9 @@ def test_a_stream_without_a_final_norm_is_read_at_every_position():
 @of_4
 @pytest.mark.parametrize(("name", "rule"), CASES)
 def test_every_row_is_what_autograd_finds_in_a_frozen_plain_module(name, rule):
+    model, _ = strong(name)
     with all_in_float64():
-        result = attribute_inputs(strong(name)[0], tokens(), ANSWERS, INCORRECT, mlp=rule)
+        result = attribute_inputs(model, tokens(), ANSWERS, INCORRECT, mlp=rule)
     (expected, flow), found = reference(name, rule), rows_by_place(result)
     if name == "gpt_oss":
         expected, found = offsets_added(expected), offsets_added(found)

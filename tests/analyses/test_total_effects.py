@@ -54,8 +54,9 @@ def test_an_effect_is_the_activation_times_what_the_logit_feels_of_it(name, unit
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "granite_bias", "mixtral"])
 def test_what_heads_and_their_bias_write_is_what_their_layer_writes(name):
     """Frozen: a component is linear in its parts, and the embeddings are their rows."""
+    model, _ = strong(name)
     with all_in_float64():
-        result = attribute_inputs(strong(name)[0], tokens(), ANSWERS, INCORRECT)
+        result = attribute_inputs(model, tokens(), ANSWERS, INCORRECT)
         parts, heads = result.effects("component", "frozen"), result.effects("head", "frozen")
     for layer in range(3):
         every = sum(heads[f"L{layer}H{head}"].sum(-1) for head in range(N_HEADS))

@@ -153,7 +153,7 @@ class Page:
         dark: bool,
         watched: bool = True,
     ) -> None:
-        self._browser, self._url, self._width = browser, url.partition("#")[0], width
+        self._browser, self._url = browser, url.partition("#")[0]
         self._target = browser.send("Target.createTarget", url="about:blank")["targetId"]
         attached = browser.send("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = attached["sessionId"]

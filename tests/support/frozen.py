@@ -181,9 +181,7 @@ def _freeze(model: nn.Module, stack: ExitStack, starts: list[Tensor], rule: str)
         elif "Norm" in kind:
             hook(module, _frozen_norm)
         elif last in ACTIVATIONS and isinstance(module, nn.Module):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            gated = any(hasattr(parent, x) for x in ("gate_proj", "gate_up_proj"))
-            hook(module, _detached if gated and rule == "gate" else _ratio)
+            hook(module, _detached if rule == "gate" and _is_gated(model, name) else _ratio)
         elif rule == "half" and last in GATE_MAPS and _is_gated(model, name):
             hook(module, _halved)
         elif rule == "half" and hasattr(module, "down_proj") and not hasattr(module, "alpha"):

@@ -33,10 +33,11 @@ def read(
         x = x / scaled(stack, cache["resid_post", -1][:, pos])
     elif scaled:
         x = x / cache["ln_final.hook_scale"][:, pos if scale_pos is None else scale_pos] ** power
-    each = (x * directions).sum(-1)
-    return {"mean": lambda: each.mean(-1), "sum": lambda: each.sum(-1), "none": lambda: each}[
-        over
-    ]()
+    return reduced((x * directions).sum(-1), over)
+
+
+def reduced(each, over):
+    return {"mean": each.mean(-1), "sum": each.sum(-1), "none": each}[over]
 
 
 def recomputed(stack, cache, directions, pos=-1):
@@ -133,8 +134,7 @@ def ledger_with(
             rows.append(u @ model.ln_final.b / scale)
         if b_U:
             rows.append(sign * b_U * (model.b_U[correct] - model.b_U[incorrect]))
-        rows = torch.stack(rows)
-        return {"mean": rows.mean(-1), "sum": rows.sum(-1), "none": rows}[over]
+        return reduced(torch.stack(rows), over)
 
     return all_rows
 

@@ -11,10 +11,8 @@ Loaded models are shared between tests: treat them as read-only, or take `load._
 import contextlib
 import copy
 import functools
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.zoo.build import boot, bridge_of, build, hf_reference
+from tests.zoo.build import boot, bridge_of, build, folder_of, hf_reference
 from tests.zoo.hooked import HOOKED, hooked
 from tests.zoo.trace import all_in_float64 as all_in_float64
 
@@ -118,14 +116,9 @@ def words(pad: str = "w0") -> PreTrainedTokenizerFast:
 
 def _saved(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """As loaded from a folder: TransformerLens loads a tokenizer again to see its BOS."""
-    folder = Path(_folder().name) / str(hash(repr(tokenizer)))
+    folder = folder_of(f"tokenizer-{hash(repr(tokenizer))}")
     tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="tl_dla_tokenizers_")
 
 
 def with_tokenizer(name: str, tokenizer: PreTrainedTokenizerFast):

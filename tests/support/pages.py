@@ -1,7 +1,6 @@
 """Small models with awkward words, and pages of their figures, for the tests of what is seen."""
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.zoo.build import bridge_of, perturb
+from tests.zoo.build import bridge_of, folder_of, perturb
 
 # What a user may write: markup, entities, quotes, templates, line ends.
 WORDS = ["the", "cat", "dog", "sat", "<script>alert(1)</script>", "&amp;", '"', "'", "{{plotly}}"]
@@ -20,11 +19,6 @@ NASTY = (
     " <img/src=x/onerror=window.hacked=1> %{x} $& <!-- the cat"
 )
 PROMPTS = ["the cat sat on a mat the cat", "the dog sat on the", "a dog"]
-
-
-@functools.cache
-def _root() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="tl_dla_pages_")
 
 
 @functools.cache
@@ -44,7 +38,7 @@ def hf_model(
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     perturb(model)
-    folder = Path(_root().name) / f"{n_layers}x{n_heads}x{n_positions}"
+    folder = folder_of(f"pages-{n_layers}x{n_heads}x{n_positions}")
     model.save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "[BOS]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

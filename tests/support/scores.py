@@ -10,7 +10,6 @@ and the second a pair. Nothing is read from weights, and nothing from Transforme
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,7 +69,7 @@ def score_reference(
             score.sum(), [w.leaf for w in writes], create_graph=True, allow_unused=True
         )
     read = [(w, g) for w, g in zip(writes, gradients, strict=True) if g is not None]
-    rows = {side: defaultdict(Tensor) for side in "qk"}
+    rows: dict[str, dict[str, Tensor]] = {"q": {}, "k": {}}
     both: dict[tuple[str, str], Tensor] = {}
     for write, gradient in read:
         gradient = gradient.reshape(*tokens.shape, -1)

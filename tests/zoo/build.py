@@ -51,7 +51,12 @@ def perturb(model: torch.nn.Module) -> None:
 
 @functools.cache
 def _root() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="tl_dla_zoo_")
+    return tempfile.TemporaryDirectory(prefix="tl_dla_tests_")
+
+
+def folder_of(name: str) -> Path:
+    """A place for files until the process ends."""
+    return Path(_root().name) / name
 
 
 @functools.cache
@@ -60,6 +65,7 @@ def build(name: str) -> tuple[PreTrainedModel, Path]:
 
     The model is shared between callers: treat it as read-only, or take `hf_reference(name)`.
     """
+    assert torch.get_default_dtype() == torch.float32, "made inside all_in_float64()"
     config_class, kwargs = CONFIGS[name]
     config = getattr(transformers, config_class)(**copy.deepcopy(kwargs))
     torch.manual_seed(0)
@@ -69,7 +75,7 @@ def build(name: str) -> tuple[PreTrainedModel, Path]:
         # Buffers that multiply the whole stream: 1 unless a checkpoint says otherwise.
         for layer, scalar in zip(model.model.layers, LAYER_SCALARS, strict=False):
             layer.layer_scalar.fill_(scalar)
-    folder = Path(_root().name) / name
+    folder = folder_of(name)
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
