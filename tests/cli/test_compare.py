@@ -1,5 +1,6 @@
 """`tl-dla compare` gives the library's numbers, and refuses where there is nothing to compare."""
 
+import io
 import json
 
 import pytest
@@ -40,6 +41,13 @@ def test_two_prompts_are_compared_as_the_library_does(run, folder, tmp_path):
 def test_the_prediction_of_the_first_is_the_answer_of_both(run):
     record = json.loads(run("compare", PROMPT, "--corrupted", OTHER, "--json"))
     assert "against" not in record["target"]
+
+
+def test_a_prompt_from_stdin_is_that_of_both_models(run, monkeypatch):
+    against = ["--against", str(build("gpt2")[1])]
+    shown = run(*ASKED, *against)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n"))
+    assert run("compare", "-", *ASKED[2:], *against) == shown
 
 
 def test_two_models_are_compared(run, capsys):

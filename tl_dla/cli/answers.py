@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tl_dla.analyses.answer import AnswerAttribution
     from tl_dla.analyses.check_model import ModelCheck
+    from tl_dla.analyses.comparison import Comparison
     from tl_dla.datasets.summary import DatasetAttribution
     from tl_dla.effects.audit import Audit
 
@@ -52,26 +53,14 @@ def attribution_output(
         f'at position {position}, {token!r}, of {args.prompt!r}, unit="{result.unit}"',
         _probabilities(tokens) + " (the model's own prediction)" * own,
     ]
-    values = result.attribution[:, 0].reshape(len(result.labels), -1)
-    warning = rest_warning(result.labels, result.kinds, values)
+    columns = [repr(token.token) for token in tokens[:n]] if n > 1 else ["logits"]
+    ledger = tables.Ledger.of(result, _names(result), columns)
+    warning = rest_warning(result.labels, result.kinds, ledger.values)
+    caution = tables.observed("--audit" if audit is None else "the audit")
+    certified = tables.certified(result.reconstruction, warning, caution)
     return Output(
         lambda: tables.attribution_table(
-            heading,
-            tables.Ledger(
-                names=_names(result),
-                values=values,
-                total=result.reconstruction.reconstructed[0].reshape(-1).tolist(),
-                logit=result.logit[0].reshape(-1).tolist(),
-                columns=[repr(token.token) for token in tokens[:n]] if n > 1 else ["logits"],
-                cumulative=result.unit == "layer",
-            ),
-            args.top,
-            [
-                tables.certified(
-                    result.reconstruction, warning, "--audit" if audit is None else "the audit"
-                ),
-                *tables.audited(audit),
-            ],
+            heading, ledger, args.top, [certified, *tables.audited(audit)]
         ),
         lambda: {
             "model": args.model,
@@ -104,21 +93,19 @@ def completion_output(
         f'after {args.prompt!r}, unit="{steps.unit}"',
         *map(_probabilities, tokens),
     ]
+    ledger = tables.Ledger(
+        names=answer.labels,
+        values=answer.attribution,
+        total=[float(total[0] - total[1:].sum())],
+        logit=answer.logit.tolist(),
+        columns=["logits"],
+        cumulative=steps.unit == "layer",
+    )
     warning = rest_warning(answer.labels, answer.kinds, answer.attribution)
+    caution = tables.observed("--audit of one token")
+    certified = tables.certified(answer.reconstruction, warning, caution)
     return Output(
-        lambda: tables.attribution_table(
-            heading,
-            tables.Ledger(
-                names=answer.labels,
-                values=answer.attribution,
-                total=[float(total[0] - total[1:].sum())],
-                logit=answer.logit.tolist(),
-                columns=["logits"],
-                cumulative=steps.unit == "layer",
-            ),
-            args.top,
-            [tables.certified(answer.reconstruction, warning, "--audit of one token")],
-        ),
+        lambda: tables.attribution_table(heading, ledger, args.top, [certified]),
         lambda: {
             "model": args.model,
             "prompt": args.prompt,
@@ -186,7 +173,7 @@ def _names(result: DirectLogitAttribution) -> list[str]:
     ]
 
 
-def rows_of(result: Attribution) -> dict[str, Any]:
+def rows_of(result: "Attribution | Comparison") -> dict[str, Any]:
     """What the rows are."""
     names = ("unit", "labels", "kinds", "layers")
     return {name: getattr(result, name) for name in names}

@@ -57,12 +57,13 @@ def compare(args: argparse.Namespace) -> Output:
     from tl_dla.cli.compare import comparison_output, other_side
 
     require_writable(args, page=True)
-    against = other_side(args)
+    read_stdin(args)
+    other = other_side(args)
     a = attributed(args)
     if args.answer is None:  # the first one's prediction is the answer of both
-        against.answer = int(a.targets.ids.flatten()[0])
-    b = attributed(against)
-    return comparison_output(a, b, args)
+        other.answer = int(a.targets.ids.flatten()[0])
+    b = attributed(other)
+    return comparison_output(a, b, args, other)
 
 
 def lens(args: argparse.Namespace) -> Output:

@@ -1,21 +1,18 @@
 """The answer of `tl-dla compare`: two prompts, or two models, side by side."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 import tl_dla.cli.tables as tables
-from tl_dla.analyses.comparison import compare
+from tl_dla.analyses.comparison import Comparison, compare
+from tl_dla.cli.answers import rows_of
 from tl_dla.cli.output import Output
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.changes import COLUMNS, lines
-
-if TYPE_CHECKING:
-    from tl_dla.analyses.comparison import Comparison
 
 
 def other_side(args: argparse.Namespace) -> argparse.Namespace:
@@ -36,31 +33,32 @@ def other_side(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **own})
 
 
-def comparison_output(a: Attribution, b: Attribution, args: argparse.Namespace) -> Output:
-    """Both runs and their differences, for one prompt at one position."""
+def comparison_output(
+    a: Attribution, b: Attribution, args: argparse.Namespace, other: argparse.Namespace
+) -> Output:
+    """Both runs and their differences, for one prompt at one position; the arguments of both."""
     comparison = compare(a, b)
     return Output(
-        lambda: _table(comparison, args),
-        lambda: _record(comparison, args),
+        lambda: _table(comparison, args, other),
+        lambda: _record(comparison, args, other),
         comparison.to_dataframe,
         page=comparison.report,
     )
 
 
-def _record(comparison: "Comparison", args: argparse.Namespace) -> dict[str, object]:
+def _record(
+    comparison: Comparison, args: argparse.Namespace, other: argparse.Namespace
+) -> dict[str, object]:
     numbers = {name: getattr(comparison, name)[:, 0].tolist() for name in COLUMNS}
     a, b = (float(logit[0]) for logit in comparison.logits)
     certificate = comparison.reconstruction
     return {
         "model": args.model,
-        "against": args.against or args.model,
+        "against": other.model,
         "prompt": args.prompt,
-        "corrupted": args.corrupted or args.prompt,
+        "corrupted": other.prompt,
         "target": comparison.target,
-        "unit": comparison.unit,
-        "labels": comparison.labels,
-        "kinds": comparison.kinds,
-        "layers": comparison.layers,
+        **rows_of(comparison),
         **numbers,
         "logit": {"a": a, "b": b, "change": float(comparison.logit[0])},
         "reconstruction": {
@@ -71,28 +69,21 @@ def _record(comparison: "Comparison", args: argparse.Namespace) -> dict[str, obj
     }
 
 
-def _table(comparison: "Comparison", args: argparse.Namespace) -> RenderableType:
+def _table(
+    comparison: Comparison, args: argparse.Namespace, other: argparse.Namespace
+) -> RenderableType:
     shown = comparison.changes()
     what = f'what changed in the logit of {comparison.target}, unit="{comparison.unit}"'
-    heading = [Text(what, style="bold"), *map(Text, _sides(args))]
+    sides = [f"a: {args.prompt!r}", f"b: {other.prompt!r}"]
+    if args.against is not None:
+        sides = [f"{sides[0]} on {args.model}", f"{sides[1]} on {other.model}"]
+    heading = [Text(what, style="bold"), *map(Text, sides)]
     table = Table(box=None, pad_edge=False)
     for name in ("row", *COLUMNS):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for line in lines(shown, args.top):
         style = "bold" if line.total else None
         table.add_row(Text(line.label), *map(tables.signed, line.values), style=style)
-    measured = "`tl-dla attribute --audit`"
-    certified = tables.certified(comparison.reconstruction, "", measured)
+    caution = tables.observed("`tl-dla attribute --audit`")
+    certified = tables.certified(comparison.reconstruction, "", caution)
     return Group(*heading, Text(), table, Text(), certified)
-
-
-def _sides(args: argparse.Namespace) -> list[str]:
-    """What the two runs are, with the models where there are two."""
-    a, b = (f"{name}: {prompt!r}" for name, prompt in zip("ab", _prompts(args), strict=True))
-    if args.against is None:
-        return [a, b]
-    return [f"{a} on {args.model}", f"{b} on {args.against}"]
-
-
-def _prompts(args: argparse.Namespace) -> tuple[str, str]:
-    return args.prompt, args.prompt if args.corrupted is None else args.corrupted

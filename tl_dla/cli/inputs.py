@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tl_dla.cli.answers import Prediction, certificates, place, rest_warning, rows_of
 from tl_dla.cli.output import Output
-from tl_dla.cli.tables import MEANING, Ledger, mark
+from tl_dla.cli.tables import Ledger, certified
 from tl_dla.core.view import prompt_tokens, view_of
 from tl_dla.figures.theme import NEGATIVE, POSITIVE
 from tl_dla.input_attribution import InputAttribution
@@ -92,14 +92,6 @@ def _table(
         coloured(prompt_tokens(result, 0), by_place(result)),
         Text(),
     ]
-    ledger = Ledger(
-        view_of(result).labels,
-        result.attribution,
-        result.reconstruction.reconstructed.tolist(),
-        result.logit.tolist(),
-        ["logits"],
-        cumulative=False,
-    )
-    certificate = f"{mark(result.reconstruction.passed)} {result.reconstruction}"
-    notes = [certificate, *[f"! {warning}"] * bool(warning), MEANING, _FROZEN]
-    return Group(*words, ledger.table(args.top), Text(), Text("\n".join(notes)))
+    ledger = Ledger.of(result, view_of(result).labels)
+    notes = certified(result.reconstruction, warning, _FROZEN)
+    return Group(*words, ledger.table(args.top), Text(), notes)

@@ -1,6 +1,7 @@
 """The answer of `tl-dla scores`: who wrote the query, and who wrote the keys."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.text import Text
 from tl_dla.analyses.score_ledgers import AttentionAttribution
 from tl_dla.cli.answers import certificates, rest_warning, rows_of
 from tl_dla.cli.output import Output
-from tl_dla.cli.tables import MEANING, Ledger, mark
+from tl_dla.cli.tables import Ledger, certified
 from tl_dla.core.result import Attribution
 
 
@@ -45,24 +46,11 @@ def _table(result: AttentionAttribution, args: argparse.Namespace, warning: str)
         Text(result.sentence()),
     ]
     for name, side in (("query", result.by_query), ("keys", result.by_key)):
-        ledger = Ledger(
-            side.labels,
-            side.attribution,
-            side.reconstruction.reconstructed.tolist(),
-            side.logit.tolist(),
-            ["nats"],
-            cumulative=False,
-            own="model's own score",
-        )
+        ledger = replace(Ledger.of(side, columns=["nats"]), own="model's own score")
         lines += [Text(), Text(f"who wrote the {name}"), ledger.table(args.top)]
     pairs = (f"{query} × {key} {value:+.4f}" for (query, key), value in result.top(5))
-    certificate = f"{mark(result.reconstruction.passed)} {result.reconstruction}"
-    notes = [*[f"! {warning}"] * bool(warning), MEANING]
-    return Group(
-        *lines,
-        Text(f"\nlargest pairs: {', '.join(pairs)}\n"),
-        Text("\n".join([certificate, *notes])),
-    )
+    largest = Text(f"\nlargest pairs: {', '.join(pairs)}\n")
+    return Group(*lines, largest, certified(result.reconstruction, warning))
 
 
 def _places(result: AttentionAttribution) -> dict[str, dict[str, Any]]:

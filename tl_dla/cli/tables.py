@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_dla.analyses.logit_lens import LogitLens
 from tl_dla.core.certificate import Reconstruction
+from tl_dla.core.result import Attribution
 
 if TYPE_CHECKING:
     from tl_dla.analyses.check_model import ModelCheck
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 REST = "what no known part of the model wrote, and more than rounding; `tl-dla check` shows more"
 _SHOWN = 12
 _BAR_WIDTH = 32  # where there is no terminal to fill
-MEANING = "(rounding allows: the largest error that rounding can make of rows that add up exactly)"
-_OBSERVATION = "A direct effect is an observation, not what removing the part would do"
+_MEANING = "(rounding allows: the largest error that rounding can make of rows that add up exactly)"
+_LOGITS = ["logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,22 @@ class Ledger:
     total: list[float]
     logit: list[float]
     columns: list[str]
-    cumulative: bool
+    cumulative: bool = False
     own: str = "model's own logit"
+
+    @classmethod
+    def of(
+        cls, result: Attribution, names: list[str] | None = None, columns: list[str] = _LOGITS
+    ) -> "Ledger":
+        """The rows of a result for one prompt at one position, under their labels by default."""
+        return cls(
+            names or result.labels,
+            result.attribution[:, 0].reshape(len(result.labels), -1),
+            result.reconstruction.reconstructed[0].reshape(-1).tolist(),
+            result.logit[0].reshape(-1).tolist(),
+            columns,
+            cumulative=result.unit == "layer",
+        )
 
     def shown(self, top: int | None) -> list[int]:
         """The rows of largest mean magnitude first; readings of the stream all and in order."""
@@ -89,10 +104,16 @@ def attribution_table(
     )
 
 
-def certified(certificate: Reconstruction, warning: str, measured: str) -> RenderableType:
-    """The certificate, what its words mean, what a direct effect is not and what measures that."""
-    lines = [f"{mark(certificate.passed)} {certificate}", *[f"! {warning}"] * bool(warning)]
-    return Text("\n".join([*lines, MEANING, f"{_OBSERVATION}: {measured} measures that."]))
+def certified(certificate: Reconstruction, warning: str, caution: str = "") -> Text:
+    """The certificate, what its words mean, and what rows do not say."""
+    lines = [f"{_mark(certificate.passed)} {certificate}", f"! {warning}" * bool(warning)]
+    return Text("\n".join(filter(None, [*lines, _MEANING, caution])))
+
+
+def observed(measured: str) -> str:
+    """What a direct effect is not, and what measures that."""
+    observation = "A direct effect is an observation, not what removing the part would do"
+    return f"{observation}: {measured} measures that."
 
 
 def audited(audit: "Audit | None") -> list[RenderableType]:
@@ -132,12 +153,12 @@ def check_table(check: "ModelCheck", verbose: bool) -> RenderableType:
     table = _table("largest miss", "relative", "tolerance", "", "identity")
     for one in shown:
         numbers = (f"{x:.1e}" for x in (one.error, one.relative_error, one.tolerance))
-        table.add_row(*numbers, mark(one.passed), Text(one.name))
+        table.add_row(*numbers, _mark(one.passed), Text(one.name))
     first = check.first_failure
     verdict = f"all {len(check.identities)} identities hold"
     if first is not None:
         verdict = f"first failure: {first.name}"
-    lines = [f"{mark(check.passed)} {check.architecture}: {verdict}"]
+    lines = [f"{_mark(check.passed)} {check.architecture}: {verdict}"]
     lines += [f"not checked: {check.refusal}"] * bool(check.refusal)
     above: list[RenderableType] = [table, Text()] if shown else []
     return Group(*above, Text("\n".join(lines)))
@@ -223,6 +244,6 @@ def signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.4f}"
 
 
-def mark(passed: bool) -> str:
+def _mark(passed: bool) -> str:
     """A tick or a cross."""
     return "✓" if passed else "✗"
