@@ -16,8 +16,9 @@ from numbers import Integral
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_dla.analyses.answer import AnswerAttribution, Odds
 from tl_dla.analyses.chat import is_conversation, read_chat, read_start
@@ -91,7 +92,8 @@ def attribute_answer(
     given = read_prompts(about.model, prompt, prepend_bos=prepend_bos)
     starts = given.rows
     answers = _answers(about.model, answer, len(starts), "answer")
-    segments = [["prompt"] * len(start) for start in starts]
+    pairs = zip(starts, answers, strict=True)
+    segments = [["prompt"] * len(start) + ["answer"] * len(own) for start, own in pairs]
     against = next(
         (x for x in get_args(Against) if isinstance(baseline, str) and x == baseline), None
     )
@@ -278,10 +280,6 @@ class _About:
             steps, other = (once.part(at, query.part(at)).result(Attribution) for at in (own, rest))
             odds = Odds(*(x[own] for x in vars(odds).values()))
         texts = [token_strings(model, x) for x in flat]
-        if len(segments[0]) == len(starts[0]):
-            segments = [
-                [*some, *["answer"] * len(x)] for some, x in zip(segments, answers, strict=True)
-            ]
         certificate = whole.reconstruction
         return AnswerAttribution(
             steps, other, texts[:n], texts[n:], against, certificate, odds, segments
@@ -294,16 +292,21 @@ def _laid_out(
     """Prompts with their answers, the positions before each answer's tokens, and those tokens."""
     # What is asked of the last token of an answer is asked before it: the model need not read it.
     rows = [torch.cat([start, ids[:-1]]) for start, ids in zip(starts, answers, strict=True)]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tokens, mask = _padded(rows)
     prompts = read_prompts(model, tokens, attention_mask=mask)
-    ids = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True)
+    ids, valid = _padded(answers)
     step = torch.arange(ids.shape[1], device=ids.device)
-    valid = step < torch.tensor([len(x) for x in answers], device=ids.device)[:, None]
     first = torch.tensor([len(start) - 1 for start in starts], device=ids.device)
     index = torch.where(valid, first[:, None] + step, 0)
     return prompts, Positions(index, valid, False, False), ids[..., None]
+
+
+def _padded(
+    rows: Sequence[Int[Tensor, " _"]],
+) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
+    """The rows under each other, and which tokens are theirs."""
+    real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad_sequence(list(rows), batch_first=True), real.bool()
 
 
 def _targets(ids: Int[Tensor, "prompt step token"], against: Against | None) -> Targets:

@@ -37,10 +37,7 @@ def ablated_tokens(prompts: Prompts, positions: Positions, at: At) -> Bool[Tenso
     """Which tokens are ablated, of the prompts as packed."""
     if at not in ("position", "all"):
         raise ArgumentError(f'at must be "position" or "all"; {at!r} was given.')
-    tokens = prompts.packed
-    if at == "all":
-        return torch.ones_like(tokens, dtype=torch.bool)
-    return positions.mask(tokens.shape[1])
+    return prompts.real if at == "all" else positions.mask(prompts.packed.shape[1])
 
 
 def substitutes(
@@ -85,9 +82,7 @@ def substitutes(
 
 def _reference_mask(result: Attribution, prompts: Prompts, at: At) -> Bool[Tensor, "batch pos"]:
     """The reference's tokens that correspond to the ablated ones, matched from the end."""
-    if at == "all":
-        return prompts.real
-    if prompts is result.prompts:
+    if at == "all" or prompts is result.prompts:
         return ablated_tokens(prompts, result.positions, at)
     positions = result.positions
     index = torch.arange(prompts.packed.shape[1], device=prompts.length.device)
@@ -129,7 +124,7 @@ def _resampled(
     own: bool,
 ) -> Float[Tensor, "batch pos width"]:
     """Each ablated token's activation on the prompt that stands in."""
-    target = _reference_mask(result, result.prompts, at)
+    target = ablated_tokens(result.prompts, result.positions, at)
     source = x.roll(1, 0) if own else x.expand(len(target), -1, -1)
     taken = mask.roll(1, 0) if own else mask.expand(len(target), -1)
     if not torch.equal(target.sum(-1), taken.sum(-1)):
