@@ -278,21 +278,17 @@ class Tally:
         quantity: Quantity = "logit difference" if lines[0].incorrect else "logit"
         extra = list(lines[0].rest or {})
         labels = [*shard.names.labels, *extra]
-        adding = torch.tensor(
-            [
-                kind != "residual" or label == "final_post"
-                for kind, label in zip(shard.names.kinds, shard.names.labels, strict=True)
-            ]
-            + [True] * len(extra)
-        )
+        named = zip(shard.names.kinds, shard.names.labels, strict=True)
+        adding = [kind != "residual" or label == "final_post" for kind, label in named]
+        adds = torch.tensor([*adding, *[True] * len(extra)])
         for group in dict.fromkeys(line.group for line in lines):
             own = [line for line in lines if line.group == group]
             rows = torch.stack([line.values for line in own if line.values is not None]).double()
             rest = [[float(value) for value in (line.rest or {}).values()] for line in own]
             values = torch.cat([rows, torch.tensor(rest, dtype=torch.float64)], 1)
             logit = torch.tensor([line.logit for line in own], dtype=torch.float64)
-            gross = (values * adding).abs().sum(1).float()
-            net = (values * adding).sum(1).abs().float()
+            gross = (values * adds).abs().sum(1).float()
+            net = (values * adds).sum(1).abs().float()
             values = torch.cat([values, torch.stack([logit, gross, net], 1)], 1)
             sums[group] = Sums.of([*labels, *_EXTRA], values)
         return Tally(shard.names, quantity, sums, skipped)
