@@ -48,6 +48,21 @@ def test_the_page_holds_every_number_and_loads_nothing(found, tmp_path):
         found.report(tmp_path / "none" / "page.html")
 
 
+def test_the_page_names_what_its_numbers_are_of(tmp_path):
+    """A text as baseline is subtracted from the sums alone; the mean from every token."""
+    titles = []
+    for baseline in ([7, 20], "mean"):
+        found = attribute_answer(load("gpt2"), tokens(1, 6), [5, 40], baseline)
+        page = found.report(tmp_path / "page.html").read_text(encoding="utf-8")
+        titles.append(re.search(r"<h1>(.*?)</h1>", page)[1])
+        what = re.search(r"blue raises the token’s (.*?), red", page)[1]
+        assert what == ("logit difference" if baseline == "mean" else "logit")
+    assert titles == [
+        "What wrote &#39;w5w40&#39;, token by token",
+        "What wrote &#39;w5w40&#39; − mean of the vocabulary, token by token",
+    ]
+
+
 def test_the_largest_rows_are_ranked_by_magnitude_and_other_kinds_refused(found):
     values = {label: float(found[label][0]) for label in found.labels}
     heads = [label for label in found.labels if found.kinds[found.labels.index(label)] == "head"]

@@ -321,6 +321,13 @@ def test_candidates_of_a_batch_have_a_column_for_each_prompt():
     np.testing.assert_array_equal(z[:, 5:8], values[:, :, 1])
 
 
+def test_candidates_at_several_positions_name_prompt_and_token():
+    for prompts, names in ((PROMPTS[:1], ["[BOS]", "cat"]), (PROMPTS[:2], ["0: [BOS]", "0: cat"])):
+        figure = over_candidates(prompts, pos=[0, -1]).plot()
+        columns = [name.partition("<br>")[0] for name in figure.layout.xaxis.ticktext]
+        assert columns[:3] == ["'mat' mean", *names]
+
+
 def test_candidates_by_layer_are_lines():
     result = over_candidates(unit="layer")
     figure = result.plot()

@@ -260,8 +260,10 @@ class AnswerAttribution(Savable):
         samples = [
             replace(sample, token=token) for sample, token in zip(view.samples, tokens, strict=True)
         ]
-        words = replace(view.words, target=self.target(prompt))
-        return replace(view, samples=samples, words=words)
+        # The steps are less the vocabulary's mean or the runner-up, never less a baseline text.
+        target = repr("".join(tokens)) if self.baselines else self.target(prompt)
+        what = "logit" if self.against is None else "logit difference"
+        return replace(view, samples=samples, words=replace(view.words, target=target, what=what))
 
     def _summed_view(self, prompt: int | None) -> View:
         """Rows summed over the steps, by prompt."""

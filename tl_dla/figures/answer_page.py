@@ -56,7 +56,7 @@ def page(
     return template("tl_dla.figures", "answer_page.html").render(
         title=f"What wrote {view.words.target}, token by token",
         certificate=view.words.certificate,
-        what="logit difference" if "−" in view.words.target else "logit",
+        what=view.words.what,
         data=Markup(as_json(data)),
         font=Markup(theme.FONT),
         positive=theme.POSITIVE,

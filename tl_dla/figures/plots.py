@@ -24,7 +24,7 @@ from tl_dla.figures.charts import PLAIN, Colours, Grid, Look, Sizes
 from tl_dla.figures.head_map import heads
 from tl_dla.figures.text import number
 from tl_dla.figures.trajectory import trajectory
-from tl_dla.figures.view import View, fold, require_few, require_some, share_of
+from tl_dla.figures.view import Sample, View, fold, require_few, require_some, share_of
 
 
 def plot(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
@@ -108,7 +108,7 @@ def candidates(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
             logits.append(view.logit[:, c].mean())
             where.append(f"{name!r}, mean over {n_samples}")
         for i, sample in enumerate(view.samples):
-            columns.append(f"{sample.prompt}" if n_samples > 1 else repr(name))
+            columns.append(_column(view, sample) if n_samples > 1 else repr(name))
             values.append(view.values[:, i, c])
             logits.append(view.logit[i, c])
             where.append(f"{name!r}, {sample}")
@@ -134,6 +134,13 @@ def positions(view: View, k: int = 40, look: Look = PLAIN) -> go.Figure:
     colours = Colours(largest=float(columns[-2]) if len(columns) > 2 else None)
     heading = charts.heading_of("What wrote the logit of", view)
     return charts.table(grid, heading, look, colours)
+
+
+def _column(view: View, sample: Sample) -> str:
+    """A sample among those of the view: its prompt, its token, or both."""
+    if view.n_prompts == 1:
+        return sample.short
+    return f"{sample.prompt}: {sample.short}" if view.several_positions else f"{sample.prompt}"
 
 
 def _grid(
