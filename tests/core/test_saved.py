@@ -261,9 +261,21 @@ def test_what_is_no_result_is_one_sentence(tmp_path):
     path.write_bytes(whole[:-100])
     with pytest.raises(ArgumentError, match="is no saved result, or is damaged"):
         load_result(path)
-    for place in (tmp_path, tmp_path / "missing" / "x"):
-        with pytest.raises(ArgumentError, match="it must name a file"):
+    for place, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x", "there is no folder")):
+        with pytest.raises(ArgumentError, match=f"The result cannot be written to .*: {why}"):
             result.save(place)
+
+
+def test_what_is_no_file_is_written_into_and_stays(tmp_path):
+    """A pipe, where a device would be: a result that was renamed over /dev/null replaced it."""
+    result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)
+    pipe, copy = tmp_path / "pipe", tmp_path / "copy.safetensors"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDWR), "rb", buffering=0) as reader:
+        result.save(pipe)
+        assert pipe.is_fifo()
+        copy.write_bytes(reader.read(1 << 16))
+    assert torch.equal(load_result(copy).attribution, result.attribution)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_caption_of_a_batch_has_its_mean_and_its_range():
         ("figure", {}, r"saved as .pdf, .svg or .png; '' was given"),
         ("figure.pdf", {"width": 0.0}, "width must be .* 0.0 was given"),
         ("figure.pdf", {"height": -1.0}, "height must be a number of inches; -1.0"),
-        ("nowhere/figure.pdf", {}, "cannot be written to .*nowhere.*: name a file"),
+        ("nowhere/figure.pdf", {}, "figure cannot be written to .*: there is no folder .*nowhere"),
         ("figure.pdf", {"prompt": 3}, "prompt must be one of the result's 1"),
     ],
 )

@@ -37,19 +37,29 @@ def write_page(path: str | PathLike[str], make: Callable[[], str]) -> Path:
     Raises:
         ArgumentError: for a path that cannot be written, saying why.
     """
-    path = Path(path)
     try:
-        if path.is_dir():
-            raise _unwritable(path, "it is a folder; name a file")
-        if not path.parent.is_dir():
-            raise _unwritable(path, f"there is no folder {path.parent}")
+        path = place_for(path, "report")
         page = make()
         with aside(path) as temporary:
             temporary.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise _unwritable(path, f"{error.strerror}") from error
+        raise _unwritable(path, "report", f"{error.strerror}") from error
     return path
 
 
-def _unwritable(path: Path, reason: str) -> ArgumentError:
-    return ArgumentError(f"The report cannot be written to {path}: {reason}.")
+def place_for(path: str | PathLike[str], what: str) -> Path:
+    """The path of a file that can be there; `what` it is to hold, in a word.
+
+    Raises:
+        ArgumentError: for a folder, and where there is no folder for it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise _unwritable(path, what, "it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise _unwritable(path, what, f"there is no folder {path.parent}")
+    return path
+
+
+def _unwritable(path: str | PathLike[str], what: str, reason: str) -> ArgumentError:
+    return ArgumentError(f"The {what} cannot be written to {path}: {reason}.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_dla.core import tidy
 from tl_dla.core.certificate import Check, Wanted, certify
 from tl_dla.core.choice import Average, Choice, read_choice
-from tl_dla.core.files import aside
+from tl_dla.core.files import aside, place_for
 from tl_dla.core.labelled import LabelledRows, require_result
 from tl_dla.core.numbers import Hop, Numbers, compact
 from tl_dla.core.ranking import By, loudest, ranked, rows_to_rank
@@ -289,9 +289,7 @@ class Attribution(LabelledRows, Savable):
         """
         from tl_dla.figures import paper
 
-        path, sheet = Path(path), paper.Sheet(width, height, certificate)
-        if not path.parent.is_dir() or path.is_dir():
-            raise ArgumentError(f"The figure cannot be written to {str(path)!r}: name a file.")
+        path, sheet = place_for(path, "figure"), paper.Sheet(width, height, certificate)
         fig = paper.figure(view_of(self, prompt, candidate), k, sheet)
         file = paper.exported(fig, path.suffix)
         with aside(path) as temporary:

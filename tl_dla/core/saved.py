@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_dla.core.files import aside
+from tl_dla.core.files import aside, place_for
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.query import Query
 
@@ -40,18 +40,15 @@ class Savable:
         Raises:
             ArgumentError: where there is no such folder.
         """
-        from safetensors.torch import save_file
+        from safetensors import torch as safetensors
 
-        path = Path(path)
-        if not path.parent.is_dir() or path.is_dir():
-            raise ArgumentError(
-                f"The result cannot be written to {str(path)!r}: it must name a file."
-            )
+        path = place_for(path, "result")
         tensors: dict[str, Tensor] = {}
         tree = {"format": _FORMAT, "result": _encoded(self, tensors)}
         header = {_HEADER: json.dumps(tree, separators=(",", ":"))}
+        whole = safetensors.save(tensors, metadata=header)  # its `save_file` renames over a device
         with aside(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            temporary.write_bytes(whole)
         return path
 
     def __getstate__(self) -> dict[str, Any]:
