@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.models import of_3
+from tests.support.models import load, of_3
 from tests.support.plain import HEAD, attributed
 from tests.zoo.build import ANSWERS, INCORRECT, boot, native_reference, tokens
 from tests.zoo.hooked import hooked
@@ -240,3 +240,13 @@ def test_the_mean_of_capped_logits_cannot_be_rescaled() -> None:
         result.audit(progress=False)
     llama = direct_logit_attribution(boot("llama"), tokens(), ANSWERS, "mean", unit="component")
     assert llama.audit(k=2, progress=False).total.shape == (2, 2)
+
+
+def test_the_mean_of_a_centred_vocabulary_is_a_baseline_of_audits():
+    model = load("gpt2", folded=True)
+    result = direct_logit_attribution(model, tokens(), ANSWERS, "mean")
+    against_zero = direct_logit_attribution(model, tokens(), ANSWERS)
+    found, expected = (audit(one, 3, progress=False) for one in (result, against_zero))
+    assert found.rows == expected.rows  # the mean of the vocabulary is zero
+    for name in ("direct", "direct_recomputed", "total"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=0)
