@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from tests.support.models import load, of_4
 from tests.support.runs import make, run
-from tests.zoo.build import boot, build
+from tests.zoo.build import boot, build, tokens
+from tl_dla import attribute_dataset, summarize
 from tl_dla.datasets.manifest import hooks_digest, model_digest
 from tl_dla.errors import OutputFolderError
 from tl_dla.loading import load_model
@@ -25,6 +27,19 @@ def test_the_digest_is_of_the_weights_not_of_where_they_are(tmp_path):
     weights[0], weights[1] = b, a
     assert a != b
     assert model_digest(here) != model_digest(there)
+
+
+@of_4
+def test_a_model_without_a_configuration_of_its_own_has_a_digest(tmp_path):
+    examples = [{"prompt": row.tolist(), "answer": 5} for row in tokens()]
+    model = load("native_ln")
+    found = attribute_dataset(model, examples, out=tmp_path, progress=False)
+    assert summarize(tmp_path).labels == found.labels
+    other = boot("native_ln")
+    assert model_digest(other) == model_digest(model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2.0)
+    assert model_digest(other) != model_digest(model)
 
 
 def edit_frequencies(model):

@@ -112,7 +112,8 @@ def model_digest(model: Any) -> str:
 
     The same on every device, with any number of threads and from any folder.
     """
-    config = model.original_model.config if is_bridge(model) else model.cfg
+    inner = model.original_model if is_bridge(model) else model
+    config = getattr(inner, "config", model.cfg)  # TransformerLens's own models have none beside
     settings = {
         key: str(value)
         for key, value in config.to_dict().items()
