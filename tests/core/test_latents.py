@@ -9,7 +9,7 @@ from tests.support.dictionaries import RandomDictionary, Squashing
 from tests.support.gradients import gradients, inputs_of
 from tests.support.models import all_in_float64, either, load, of_4, strong
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
-from tl_dla import direct_logit_attribution, required_hooks
+from tl_dla import compare, direct_logit_attribution, required_hooks
 from tl_dla.errors import ReconstructionError
 
 
@@ -197,6 +197,19 @@ def test_latents_promote_the_tokens_of_their_decoder():
     promoted = result.promoted_tokens(label, 1, prompt=0)
     answer = promoted.effect[ANSWERS[0]] - promoted.effect[INCORRECT[0]]
     torch.testing.assert_close(answer, result[label][0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_latents_of_two_prompts_are_compared():
+    model = load("gemma2")
+    dictionaries = random_at(model, "blocks.1.hook_resid_post")
+    options = dict(unit="latent", dictionaries=dictionaries)
+    a, b = (direct_logit_attribution(model, tokens()[[row]], 5, 7, **options) for row in (0, 1))
+    found = compare(a, b)
+    latents = {label for one in (a, b) for label in one.labels}
+    assert set(found.labels) == latents and found.reconstruction.passed
+    for label in latents:
+        own = [one[label] if label in one.labels else torch.zeros(1) for one in (a, b)]
+        torch.testing.assert_close(found[label], own[1] - own[0])
 
 
 def test_a_dictionary_that_is_not_affine_fails_the_certificate():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from tests.support.dictionaries import RandomDictionary
 from tests.support.models import either, load, spaced, with_tokenizer
 from tests.zoo.build import ANSWERS, INCORRECT, tokens
 from tl_dla import (
@@ -310,3 +311,21 @@ def test_a_result_holds_its_numbers_and_no_more(name):
     numbers = sum(x.numel() * x.element_size() for x in tensors)
     assert result.nbytes <= numbers
     assert saved.nbytes(torch.zeros(1000)[:2]) == 4000
+
+
+def test_latents_are_kept_without_their_dictionary(tmp_path):
+    model, hook = load("gpt2"), "blocks.1.hook_mlp_out"
+    options = dict(unit="latent", dictionaries={hook: RandomDictionary(32)}, top_latents=3)
+    result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, **options)
+    path = result.save(tmp_path / "latents.safetensors")
+    loaded = load_result(path, model)
+    assert loaded.labels == result.labels and path.stat().st_size < 20_000
+    assert_close(loaded.attribution, result.attribution)
+    assert_close(compare(loaded, result).change, torch.zeros_like(result.attribution))
+    options["dictionaries"] = {hook: RandomDictionary(32, n=60)}
+    other = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, **options)
+    with pytest.raises(ArgumentError, match=f"those of {hook} are two"):
+        compare(result, other)
+    label = result.top(1, kind="latent")[0][0]
+    with pytest.raises(ArgumentError, match=f"without its dictionary of {hook}"):
+        loaded.promoted_tokens(label, prompt=0)

@@ -37,8 +37,15 @@ def require_comparable(a: Attribution, b: Attribution, answers: bool) -> None:
     if a.include_bias != b.include_bias or a.selection != b.selection:
         raise ArgumentError(
             "The two results split different rows: give both the same layers=, heads=,"
-            " top_neurons= and include_bias=."
+            " top_neurons=, dictionaries= and include_bias=."
         )
+    for own, other in zip(a.selection.dictionaries, b.selection.dictionaries, strict=True):
+        known = own.module is not None and other.module is not None
+        if known and own.module is not other.module:
+            raise ArgumentError(
+                f"Latents of one dictionary are compared, and those of {own.hook} are two: give"
+                " both results the same."
+            )
     if a.attribution.shape[1:] != b.attribution.shape[1:] or a.query.has_batch != b.query.has_batch:
         raise ArgumentError(
             "Prompts and positions are compared pair by pair; a has"

@@ -66,11 +66,16 @@ def placed(
     A dictionary of the stream writes, at its hook, all that was written before.
 
     Raises:
-        ArgumentError: for a hook that is no such place, and for two dictionaries of one place or
-            one before another that explains the whole stream.
+        ArgumentError: for a hook that is no such place, for two dictionaries of one place or one
+            before another that explains the whole stream, and for one that was not loaded.
     """
     steps, places = list(steps), dict[Step, Place]()
     for dictionary in dictionaries:
+        if dictionary.module is None:
+            raise ArgumentError(
+                f"The result was loaded without its dictionary of {dictionary.hook}, which this"
+                " needs: attribute again with dictionaries={hook: dictionary}."
+            )
         point = _point(reader, steps, dictionary)
         if point is None:
             place = _writer(reader, steps, dictionary)

@@ -1,8 +1,8 @@
 """A result as a file, and back: tensors as safetensors, everything else as JSON in its header.
 
-A file holds no code and no weights. Of the model it keeps the text of the result's tokens
-(`AbsentModel`), so a loaded result shows, plots and is indexed as before; what needs the model
-asks for it.
+A file holds no code and no weights, and of dictionaries their hooks alone. Of the model it keeps
+the text of the result's tokens (`AbsentModel`), so a loaded result shows, plots and is indexed as
+before; what needs the model asks for it.
 """
 
 import dataclasses
@@ -136,7 +136,8 @@ def nbytes(result: Any) -> int:
 
 
 def _fields(x: Any) -> dict[str, Any]:
-    return {own.name: getattr(x, own.name) for own in dataclasses.fields(x)}
+    kept = (own.name for own in dataclasses.fields(x) if own.metadata.get("saved", True))
+    return {name: getattr(x, name) for name in kept}
 
 
 def _encoded(x: Any, tensors: dict[str, Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """Dictionaries: sparse autoencoders and transcoders, and the hooks that they read and explain."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,13 +26,17 @@ class Autoencoder(Protocol):
 Dictionaries = Mapping[str | tuple[str, str], Autoencoder]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Dictionary:
-    """A dictionary, the hook whose activation it reads, and the hook that its output explains."""
+    """A dictionary, the hook whose activation it reads, and the hook that its output explains.
+
+    Two are equal that have the same hooks. A result that was loaded knows no more: `module` is
+    None.
+    """
 
     reads: str
     hook: str
-    module: Any
+    module: Any = field(default=None, compare=False, metadata={"saved": False})
 
 
 def read_dictionaries(
