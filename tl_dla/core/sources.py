@@ -78,9 +78,7 @@ class SourceSplit(HeadSplit):
     def readout(self, kept: ScaledKept) -> Readout:
         """The readout of the mixed values, through the gate `[batch, pos, token, head, d_head]`."""
         factor = self.gate(kept)
-        if factor is None:
-            return self.heads
-        return Readout(self.heads.direction * factor[:, :, None], self.heads.norms)
+        return self.heads if factor is None else self.heads.through_mask(factor[:, :, None])
 
     def gate(self, kept: ScaledKept) -> Float[Tensor, "batch pos head #d_head"] | None:
         """What multiplies the mixed values before W_O, frozen; None where nothing does."""
