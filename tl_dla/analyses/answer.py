@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_dla.analyses.odds import Odds
 from tl_dla.core.certificate import Reconstruction
 from tl_dla.core.choice import read_choice
 from tl_dla.core.files import write_page
@@ -32,21 +33,6 @@ from tl_dla.model.stream import Kind
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-
-@dataclass(frozen=True, eq=False)
-class Odds:
-    """What the model itself says of each token of the answers.
-
-    Attributes:
-        log_probs: in nats; NaN where an answer has fewer tokens than others.
-        ranks: how many tokens are likelier: 0 for the prediction itself; -1 for no token.
-        runner_up: the likeliest token beside the answer's; -1 for no token.
-    """
-
-    log_probs: Float[Tensor, "prompt step"]
-    ranks: Int[Tensor, "prompt step"]
-    runner_up: Int[Tensor, "prompt step"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,22 +11,20 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_dla.analyses.answer import AnswerAttribution, Odds
+from tl_dla.analyses.answer import AnswerAttribution
 from tl_dla.analyses.chat import is_conversation, read_chat, read_start
+from tl_dla.analyses.odds import Odds, OddsReader
 from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.result import Attribution
-from tl_dla.core.rounding import logits_tolerance
-from tl_dla.core.run import CAUSE, Run, run
-from tl_dla.core.taps import Tap
+from tl_dla.core.run import CAUSE, run
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.inputs.models import require_eval, require_model
 from tl_dla.inputs.positions import Positions
@@ -34,13 +32,10 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
 from tl_dla.inputs.tokens import Prompts, read_prompts, token_strings
-from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.unembedding import output_transform
 
 Answer = str | Sequence[int] | Int[Tensor, "..."]
 Against = Literal["mean", "runner-up"]
-_POSITIONS_AT_ONCE = 64  # whose logits are held in float32 at once
 
 
 def attribute_answer(
@@ -267,11 +262,11 @@ class _About:
         prompts, positions, ids = _laid_out(model, [*starts] * (1 if others is None else 2), flat)
         query = Query(model, prompts, positions, _targets(ids, None))
         if against == "runner-up":
-            reads = _OddsReader(model, ids)
+            reads = OddsReader(model, ids)
             once = run(query, "component", taps=reads.taps)
             ids = torch.cat([ids, reads.odds(once).runner_up.clamp(min=0)[..., None]], -1)
         query = Query(model, prompts, positions, _targets(ids, against))
-        reads = _OddsReader(model, ids[..., :1])
+        reads = OddsReader(model, ids[..., :1])
         once = run(query, self.unit, self.selection, taps=reads.taps)
         whole = once.result(Attribution).certified(self.check, CAUSE)
         odds, steps, other = reads.odds(once), whole, None
@@ -313,57 +308,6 @@ def _targets(ids: Int[Tensor, "prompt step token"], against: Against | None) -> 
     """Each step's token, less what it is compared with."""
     weights = [[1.0]] if against is None else [[1.0, -1.0]]
     return Targets(ids, torch.tensor(weights, dtype=torch.float64), None, against == "mean")
-
-
-# ---- log-probabilities and ranks ---------------------------------------------------------------
-
-
-class _OddsReader:
-    """The model's own words on each token, read off the logits as they pass by."""
-
-    def __init__(self, model: Any, ids: Int[Tensor, "prompt step 1"]) -> None:
-        self.model, self.ids = model, ids[..., 0]
-        self.site = Site("unembed.output", model.unembed)
-        self.whole = self._tap(slice(0, len(ids)))
-
-    def taps(self, prompts: slice) -> list[Tap]:
-        """What to keep, of some of the prompts."""
-        return [self.whole if prompts == slice(0, len(self.ids)) else self._tap(prompts)]
-
-    def _tap(self, prompts: slice) -> Tap:
-        # Whole: the unembedding is given no other positions than those attributed.
-        return Tap(self.site, partial(_odds, self.model, self.ids[prompts]), whole=True)
-
-    def odds(self, once: Run) -> Odds:
-        """What was read; nothing where an answer has no such token."""
-        log_probs, ranks, runner_up, own = once.kept[self.whole].unbind(-1)
-        assert once.kept.logits is not None
-        returned = once.kept.logits[..., 0].to(own)
-        # The model may do something to its logits that is not understood.
-        eps = max(ModelReader(self.model).machine_eps, once.kept.machine_eps)
-        allowed = logits_tolerance(eps) * returned.abs().amax()
-        understood = (own - returned).abs() <= allowed
-        valid = once.query.positions.valid.to(ranks.device)
-        log_probs = torch.where(understood, log_probs, torch.nan)
-        ranks, runner_up = (torch.where(valid, x, -1).long() for x in (ranks, runner_up))
-        return Odds(torch.where(valid, log_probs, torch.nan).float(), ranks, runner_up)
-
-
-def _odds(
-    model: Any, ids: Int[Tensor, "prompt step"], raw: Float[Tensor, "prompt step d_vocab"]
-) -> Float[Tensor, "prompt step 4"]:
-    """Log-probability, rank, the likeliest other token, and the logit, after the transform."""
-    found = []
-    for start in range(0, ids.shape[1], _POSITIONS_AT_ONCE):
-        at = slice(start, start + _POSITIONS_AT_ONCE)
-        logits = output_transform(model, upcast(raw[:, at]))
-        own = logits.gather(-1, chosen := ids[:, at, None].to(logits.device))
-        log_prob = own[..., 0] - logits.logsumexp(-1)
-        rank = (logits > own).sum(-1)
-        others = logits.scatter(-1, chosen, -torch.inf).argmax(-1)
-        seen = (log_prob, rank, others, own[..., 0])
-        found.append(torch.stack([x.double() for x in seen], -1))
-    return torch.cat(found, 1)
 
 
 # ---- what a user wrote -------------------------------------------------------------------------
