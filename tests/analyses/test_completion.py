@@ -98,6 +98,8 @@ def test_what_is_no_answer_is_refused():
         attribute_answer(model, tokens(), torch.tensor([[[5, 6]]]))
     with pytest.raises(TokenError, match="3 answers were given for 2 prompts"):
         attribute_answer(model, tokens(), torch.tensor([[5, 6]] * 3))
+    with pytest.raises(TokenError, match=r"'w\\udcff' is no Unicode at character 1"):
+        attribute_answer(model, tokens(), "w\udcff")
     with pytest.raises(TokenError, match="The answer is no token"):
         attribute_answer(model, tokens(), "")
     with pytest.raises(TokenError, match="3 answers were given for 2 prompts"):

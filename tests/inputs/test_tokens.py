@@ -227,6 +227,13 @@ LONG = "w5 " * 64  # and BOS: 65 tokens, one more than the context
 REFUSED = {
     "answer of several tokens": (TEXTS[0], "w5 w7", {}, r"'w5 w7' is 2 tokens \('w5', 'w7'\)"),
     "no answer": (TEXTS[0], None, {}, "answer_tokens is required"),
+    "answer of broken bytes": (TEXTS[0], "w\udcff", {}, r"'w\\udcff' is no Unicode at character 1"),
+    "prompt of broken bytes": (
+        TEXTS[0] + "\udcff",
+        5,
+        {},
+        r"is no Unicode at character \d+: write",
+    ),
     "empty answer": (TEXTS[0], "", {}, "'' is no token"),
     "bool answer": (TEXTS[0], True, {}, "strings or integer token ids; True"),
     "float answer": (TEXTS[0], 5.0, {}, "strings or integer token ids; 5.0"),

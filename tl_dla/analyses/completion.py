@@ -31,7 +31,7 @@ from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
-from tl_dla.inputs.tokens import Prompts, read_prompts, token_strings
+from tl_dla.inputs.tokens import Prompts, read_prompts, require_unicode, token_strings
 from tl_dla.model.reader import ModelReader
 
 Answer = str | Sequence[int] | Int[Tensor, "..."]
@@ -349,6 +349,7 @@ def _require_ids(given: Any, name: str) -> None:
 
 def _ids(model: Any, answer: Answer) -> Int[Tensor, " token"]:
     if isinstance(answer, str):
+        require_unicode(answer)
         answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0] if answer else []
     if not len(answer):
         return torch.zeros(0, dtype=torch.long)

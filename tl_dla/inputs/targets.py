@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_dla.errors import ArgumentError, TokenError
 from tl_dla.inputs.models import device_of
 from tl_dla.inputs.positions import Positions
-from tl_dla.inputs.tokens import require_tokenizer, token_strings
+from tl_dla.inputs.tokens import require_tokenizer, require_unicode, token_strings
 
 _MOST_WITH_BASELINE = 4096  # candidates, whose matrix of weights is dense
 
@@ -283,4 +283,5 @@ class _Strings:
 
 
 def _pieces(model: Any, text: str) -> list[int]:
+    require_unicode(text)
     return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()

@@ -192,10 +192,21 @@ def require_tokenizer(model: Any, what: str) -> Any:
     return model.tokenizer
 
 
+def require_unicode(text: str) -> None:
+    """Raise for bytes that are no UTF-8, which Python hands on from a shell as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenError(
+            f"The text {text!r} is no Unicode at character {error.start}: write it in UTF-8."
+        ) from error
+
+
 def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
     tokenizer = require_tokenizer(model, "prompts")
     if not text:
         raise TokenError('The prompt is empty: "" was given; give at least one token.')
+    require_unicode(text)
     bos = tokenizer.bos_token
     options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
     tokens = model.to_tokens(text, truncate=False, **options)[0]
