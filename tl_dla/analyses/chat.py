@@ -20,6 +20,11 @@ def is_conversation(prompt: Any) -> TypeGuard[Sequence[Mapping[str, str]]]:
     return some and all(isinstance(one, Mapping) for one in prompt)
 
 
+def is_answered(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    """Whether it is a conversation that ends with the assistant's message."""
+    return is_conversation(prompt) and prompt[-1].get("role") == "assistant"
+
+
 def read_chat(
     model: Any, messages: Sequence[Mapping[str, str]], answered: bool
 ) -> tuple[Int[Tensor, " token"], list[str]]:
@@ -82,3 +87,21 @@ def read_start(
         )
     [ids] = given.rows
     return ids, ["prompt"] * len(ids)
+
+
+def read_answered(
+    model: Any, messages: Sequence[Mapping[str, str]]
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " new"], list[str]]:
+    """A conversation that holds its answer: what is before it, the answer, and all segments."""
+    start, before = read_chat(model, messages[:-1], answered=False)
+    whole, segments = read_chat(model, messages, answered=True)
+    if not torch.equal(whole[: len(start)], start):
+        raise TokenError(
+            "The chat template writes the conversation before the answer differently once the"
+            " answer is there: give the answer as completion=, and the messages before it."
+        )
+    own = [i for i, role in enumerate(segments) if i >= len(start) and role == "assistant"]
+    if not own:
+        raise TokenError("The last message is empty: give the assistant's words, or leave it out.")
+    end = own[-1] + 1
+    return start, whole[len(start) : end], [*before, *segments[len(start) : end]]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_dla.analyses.answer import AnswerAttribution
-from tl_dla.analyses.chat import is_conversation, read_chat, read_start
+from tl_dla.analyses.chat import is_answered, is_conversation, read_answered, read_start
 from tl_dla.analyses.odds import Odds, OddsReader
 from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.result import Attribution
@@ -162,9 +162,9 @@ def attribute_completion(
         )
     about = _About.of(model, unit, layers, heads, top_neurons, check)
     model, role = about.model, "assistant" if is_conversation(prompt) else "answer"
-    _require_options(model, generate, said=completion is not None or _is_answered(prompt))
-    if completion is None and _is_answered(prompt):
-        start, ids, segments = _answered(model, prompt)
+    _require_options(model, generate, said=completion is not None or is_answered(prompt))
+    if completion is None and is_answered(prompt):
+        start, ids, segments = read_answered(model, prompt)
     else:
         start, segments = read_start(model, prompt, prepend_bos)
         if completion is None:
@@ -173,11 +173,6 @@ def attribute_completion(
             [ids] = _answers(model, completion, 1, "completion")
         segments = [*segments, *[role] * len(ids)]
     return about.attribute([start], [ids], [segments], against=baseline)
-
-
-def _is_answered(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
-    """Whether it is a conversation that ends with the assistant's message."""
-    return is_conversation(prompt) and prompt[-1].get("role") == "assistant"
 
 
 def _require_options(model: Any, options: Mapping[str, Any], said: bool) -> None:
@@ -189,24 +184,6 @@ def _require_options(model: Any, options: Mapping[str, Any], said: bool) -> None
             raise ArgumentError(
                 f"{name}= is no argument of attribute_completion, and for model.generate {reason}."
             )
-
-
-def _answered(
-    model: Any, messages: Sequence[Mapping[str, str]]
-) -> tuple[Int[Tensor, " token"], Int[Tensor, " new"], list[str]]:
-    """A conversation that holds its answer: what is before it, the answer, and all segments."""
-    start, before = read_chat(model, messages[:-1], answered=False)
-    whole, segments = read_chat(model, messages, answered=True)
-    if not torch.equal(whole[: len(start)], start):
-        raise TokenError(
-            "The chat template writes the conversation before the answer differently once the"
-            " answer is there: give the answer as completion=, and the messages before it."
-        )
-    own = [i for i, role in enumerate(segments) if i >= len(start) and role == "assistant"]
-    if not own:
-        raise TokenError("The last message is empty: give the assistant's words, or leave it out.")
-    end = own[-1] + 1
-    return start, whole[len(start) : end], [*before, *segments[len(start) : end]]
 
 
 def _generated(
