@@ -33,8 +33,8 @@ def page(
         ranks: how many tokens are likelier than each.
     """
     values, logit = view.only()
-    labels = list(view.labels)
-    order = np.array(range(len(labels))) if view.unit == "layer" else largest(values, len(labels))
+    labels = view.labels
+    order = np.arange(len(labels)) if view.unit == "layer" else largest(values, len(labels))
     kept, rest = order[:_MOST_ROWS], order[_MOST_ROWS:]
     names, shown = [labels[i] for i in kept], values[kept]
     if len(rest) and view.unit != "layer":
@@ -51,8 +51,6 @@ def page(
         "total": view.words.logit,
         "adds": view.unit != "layer",  # readings of the stream do not
     }
-    colours = {name: both["light"] for name, both in _themes().items()}
-    colours |= {f"{name}_dark": both["dark"] for name, both in _themes().items()}
     return template("tl_dla.figures", "answer_page.html").render(
         title=f"What wrote {view.words.target}, token by token",
         certificate=view.words.certificate,
@@ -61,12 +59,9 @@ def page(
         font=Markup(theme.FONT),
         positive=theme.POSITIVE,
         negative=theme.NEGATIVE,
-        **colours,
+        light=theme.of_page("light"),
+        dark=theme.of_page("dark"),
     )
-
-
-def _themes() -> dict[str, dict[str, str]]:
-    return {"ink": theme.INK, "line": theme.GRID, "paper": theme.PAPER, "edge": theme.EDGE}
 
 
 def likelihoods(tokens: Sequence[str], log_probs: Sequence[float], ranks: Sequence[int]) -> str:

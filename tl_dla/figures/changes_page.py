@@ -1,7 +1,6 @@
 """A comparison as a page of its own: the figure, every row in numbers, the certificate."""
 
 import json
-from typing import Any
 
 from markupsafe import Markup
 
@@ -24,7 +23,7 @@ def page(shown: changes.Changes, k: int = 30) -> str:
     figure.update_layout(width=None, margin_l=4, template=None, showlegend=False)
     figure.update_traces(texttemplate=None, selector={"type": "heatmap"})  # for every width
     view, n_rows = shown.view, len(shown.view.labels)
-    themes = {name: _theme(name) for name in ("light", "dark")}
+    light, dark = theme.of_page("light"), theme.of_page("dark")
     return template("tl_dla.figures", "changes_page.html").render(
         title=f"What changed in the logit of {view.words.target}",
         sides=[side for side in shown.sides if len(side) > 1],
@@ -41,22 +40,9 @@ def page(shown: changes.Changes, k: int = 30) -> str:
         negative=theme.NEGATIVE,
         neutral=theme.NEUTRAL,
         figure=Markup(as_json(json.loads(figure.to_json()))),
-        themes=Markup(as_json(themes)),
+        light=light,
+        dark=dark,
+        themes=Markup(as_json({"light": light, "dark": dark})),
         plotly=Markup(plotly()),
         unpack=Markup(UNPACK),
-        **themes,
     )
-
-
-def _theme(name: theme.Theme) -> dict[str, Any]:
-    """The colours of the page, and of its figure, in light or in dark."""
-    return {
-        "ink": theme.INK[name],
-        "line": theme.GRID[name],
-        "paper": theme.PAPER[name],
-        "template": theme.template(name).to_plotly_json(),
-        "scale": [
-            [i / (len(theme.SCALES["diverging"][name]) - 1), colour]
-            for i, colour in enumerate(theme.SCALES["diverging"][name])
-        ],
-    }

@@ -3,7 +3,7 @@
 Blue is positive, red is negative, and both stay apart for the colour-blind (ColorBrewer's RdBu).
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -71,3 +71,19 @@ def template(theme: Theme = "light") -> "go.layout.Template":
         ),
     )
     return go.layout.Template(layout=layout)
+
+
+def of_page(theme: Theme) -> dict[str, Any]:
+    """What the styles and the script of a page need: colours, plotly's template, its scales."""
+    scales = {kind: both[theme] for kind, both in SCALES.items()}
+    return {
+        "ink": INK[theme],
+        "line": GRID[theme],
+        "paper": PAPER[theme],
+        "edge": EDGE[theme],
+        "template": template(theme).to_plotly_json(),
+        "scales": {
+            kind: [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
+            for kind, colours in scales.items()
+        },
+    }

@@ -15,17 +15,11 @@ from tl_dla.figures import theme
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
 from tl_dla.figures.heatmap import picture
 from tl_dla.figures.text import number
-from tl_dla.inputs.absent import in_a_line
 
 _PACKAGES = ("tl-dla", "transformer-lens", "torch", "transformers", "plotly", "circuitsvis")
 _SHORT = 64  # tokens: circuitsvis draws no longer prompt in time
 _MOST_WEIGHTS = 60_000  # that circuitsvis is given, of all prompts together
 _NEAR = 4  # tokens shown on either side of one that is read, in a longer prompt
-
-
-def model(result: Attribution) -> str:
-    """The model in one line."""
-    return in_a_line(result.model)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ function make(tag, properties = {}, ...inside) {
 }
 const number = x => Number.isFinite(x) ? ((x < 0 ? "−" : "+") + Math.abs(x).toFixed(Math.abs(x) >= 10 ? 2 : 3)) : "–";
 const percent = x => (100 * x).toFixed(1).replace("-", "−") + "%";
+const tokensOf = prompt => (asked.tokens ?? {})[prompt];  // none where a cache came without them
+const marksOf = figure => figure.layout.meta?.marks ?? {};
 const quoted = text => "“" + text.replaceAll("\n", "↵") + "”";
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 
@@ -32,7 +34,7 @@ const columns = () => state.candidate !== null ? [state.candidate] : asked.candi
 const valueOf = (r, c) => overall() ? asked.mean[c][r] : mean(places().map(s => asked.values[s][c][r]));
 const logitOf = c => mean(places().map(s => asked.logit[s][c]));
 function placed(s) {
-  const [prompt, position] = asked.places[s], tokens = (asked.tokens || {})[prompt];
+  const [prompt, position] = asked.places[s], tokens = tokensOf(prompt);
   return (asked.n_prompts > 1 ? `prompt ${prompt}, ` : "") + `position ${position}` + (tokens ? ` ${quoted(tokens[position])}` : "");
 }
 function moved(s, head) {
@@ -113,7 +115,7 @@ function writerOf(label) {
   return name === "pre" ? `${layer - 1}_mlp_out` : null;
 }
 function rectangles(figure, dark) {
-  const marks = figure.layout.meta?.marks ?? {}, style = {line: {color: themes[dark ? "dark" : "light"].edge, width: 2}, fillcolor: "rgba(0,0,0,0)", layer: "above"};
+  const marks = marksOf(figure), style = {line: {color: themes[dark ? "dark" : "light"].edge, width: 2}, fillcolor: "rgba(0,0,0,0)", layer: "above"};
   const rows = state.row === null ? [] : state.row in marks ? [state.row] : standsFor(state.row).filter(one => one in marks).slice(0, 1);
   const column = [state.token, state.position].filter(one => one !== null).map(one => `@${one}`);
   return [...rows, ...column].filter(one => one in marks).map(one => {
@@ -171,7 +173,7 @@ async function redraw(dark) {
 function reveal(name) {
   const box = $(name).parentElement, axis = $(name)._fullLayout.xaxis;
   if (axis.type !== "category" || box.scrollWidth <= box.clientWidth) return;
-  const marks = figures[name][variantOf(name)].layout.meta?.marks ?? {}, column = marks[`@${state.token ?? state.position}`];
+  const marks = marksOf(figures[name][variantOf(name)]), column = marks[`@${state.token ?? state.position}`];
   box.scrollLeft = column ? axis._offset + axis.c2p((column[2] + column[3]) / 2) - box.clientWidth / 2 : box.scrollWidth;
 }
 function drawAll(dark, width) {  // at once: a print does not wait
@@ -189,7 +191,7 @@ function listen(name) {
   }, true);
 }
 function press(name, event) {
-  const marks = figures[name][variantOf(name)].layout.meta?.marks ?? {}, full = $(name)._fullLayout, box = $(name).getBoundingClientRect();
+  const marks = marksOf(figures[name][variantOf(name)]), full = $(name)._fullLayout, box = $(name).getBoundingClientRect();
   const x = event.clientX - box.left, y = event.clientY - box.top, change = {};
   const within = (ref, at, from, to, side) => {
     if (ref === "paper") return true;
@@ -245,7 +247,7 @@ function aboutEffects(label) {
     ...audit.flags.map(textContent => make("p", {className: "soft", textContent}))];
 }
 function aboutSources(label, s) {
-  const head = headAt.get(label), [prompt] = asked.places[s], tokens = (asked.tokens ?? {})[prompt];
+  const head = headAt.get(label), [prompt] = asked.places[s], tokens = tokensOf(prompt);
   if (head === undefined) return asked.refused.heads && label.includes("H") ? [make("p", {className: "soft", textContent: asked.refused.heads})] : [];
   const attention = asked.attention[s][head], move = moved(s, head), most = Math.max(...move.map(Math.abs), 1e-12);
   const order = move.map((_, i) => i).sort((a, b) => Math.abs(move[b]) - Math.abs(move[a]));
@@ -302,7 +304,7 @@ function aboutHeads(r) {
   return heads.length ? [make("h3", {textContent: "Its heads"}), tableOf(["head", "logits"], heads.slice(0, 12).map(([name, value]) => [rowButton(name), number(value)]))] : [];
 }
 function aboutToken(i) {
-  const s = place(), [prompt] = asked.places[s], text = ((asked.tokens ?? {})[prompt] ?? [])[i];
+  const s = place(), [prompt] = asked.places[s], text = (tokensOf(prompt) ?? [])[i];
   if (text === undefined) return [];
   const parts = [make("h2", {textContent: quoted(text)}, " ", make("span", {className: "soft", textContent: `token ${i}` + (asked.n_prompts > 1 ? ` of prompt ${prompt}` : "")}))];
   if (!asked.heads.length) return parts;
@@ -329,9 +331,8 @@ function fillRows() {
   const heads = [heading("row", "row"), heading("kind", "kind"), ...shown.map(c => heading(`c${c}`, asked.candidates[c] ? quoted(asked.candidates[c]) : "logits")), heading("size", "size")];
   const lines = rows.slice(0, MOST_LISTED).map(i => {
     const [label, kind] = asked.rows[i];
-    const line = make("tr", {className: label === state.row ? "chosen" : ""}, make("th", {scope: "row"}, rowButton(label)), make("td", {textContent: kind}),
+    return make("tr", {className: label === state.row ? "chosen" : ""}, make("th", {scope: "row"}, rowButton(label)), make("td", {textContent: kind}),
       ...shown.map(c => make("td", {className: "n", textContent: number(valueOf(i, c))})), make("td", {className: "n", textContent: Math.abs(valueOf(i, shown[0])).toFixed(3)}));
-    return line;
   });
   $("listed").replaceChildren(make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
   $("found").textContent = `${Math.min(rows.length, MOST_LISTED)} of ${asked.rows.length} rows`;

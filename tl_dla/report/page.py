@@ -6,12 +6,12 @@ what a user wrote (prompts, tokens, the command) is text. The figures of other u
 result's own come from runs of the same model on the same tokens.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from tqdm.auto import tqdm
@@ -24,6 +24,7 @@ from tl_dla.effects.audit import Audit
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.figures import embedded, theme
 from tl_dla.figures.attention_view import DRAW, AttentionStyle
+from tl_dla.inputs.absent import in_a_line
 from tl_dla.report import fragments
 from tl_dla.report.evidence import evidence, held_places
 from tl_dla.report.sections import ByUnit, Figures, Shown, of_unit, sections
@@ -97,12 +98,18 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
     audit = None if shown.audit is None else fragments.audited(shown.audit)
     pictured = None if shown.audit is None else figures.audit(shown.audit)
     data = evidence(result, _other_parts(result, by_unit), prompt, shown.audit)
+    themes = {
+        "positive": theme.POSITIVE,
+        "negative": theme.NEGATIVE,
+        "light": theme.of_page("light"),
+        "dark": theme.of_page("dark"),
+    }
     for group in (group for section in drawn for group in section.heads):
         own = data["why"].setdefault(group.prompt, {})
         own |= {card.label: card.why for card in group.cards if card.why}
     return embedded.template("tl_dla.report", "page.html").render(
         title=f"What wrote the logit of {view_of(result).words.target}",
-        model=fragments.model(result),
+        model=in_a_line(result.model),
         prompts=fragments.prompts(result),
         logit=fragments.logit(result),
         passed=result.reconstruction.passed,
@@ -116,7 +123,7 @@ def page_of(result: Attribution, shown: Shown, command: str) -> str:
         versions=fragments.versions(),
         evidence=Markup(embedded.packed("evidence", embedded.as_json(data))),
         figures=Markup(embedded.packed("figures", embedded.as_json(figures.drawn))),
-        themes=Markup(embedded.as_json(_themes())),
+        themes=Markup(embedded.as_json(themes)),
         plotly=Markup(embedded.plotly()),
         circuitsvis=Markup(embedded.circuitsvis()) if any(s.draws for s in drawn) else "",
         scripts=Markup(embedded.UNPACK + DRAW),
@@ -131,10 +138,8 @@ def _other_parts(result: Attribution, by_unit: ByUnit) -> list[Attribution]:
     found = []
     for unit in ("component", "head"):
         if unit != result.unit:
-            try:
+            with suppress(UnsupportedModelError):  # the section of the unit says why
                 found.append(by_unit(unit))
-            except UnsupportedModelError:  # the section of the unit says why
-                continue
     return found
 
 
@@ -142,22 +147,3 @@ def _other_parts(result: Attribution, by_unit: ByUnit) -> list[Attribution]:
 def _asking() -> str:
     """The script that answers the reader's choices."""
     return (files("tl_dla.report") / "page.js").read_text(encoding="utf-8")
-
-
-def _themes() -> dict[str, Any]:
-    """The colours that the page's script needs, in light and in dark."""
-    names: tuple[theme.Theme, ...] = ("light", "dark")
-    colours: dict[str, Any] = {"positive": theme.POSITIVE, "negative": theme.NEGATIVE}
-    return colours | {
-        name: {
-            "template": theme.template(name).to_plotly_json(),
-            "scales": {kind: _stops(scale[name]) for kind, scale in theme.SCALES.items()},
-            "ink": theme.INK[name],
-            "edge": theme.EDGE[name],
-        }
-        for name in names
-    }
-
-
-def _stops(colours: list[str]) -> list[list[Any]]:
-    return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]

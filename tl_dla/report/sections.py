@@ -47,12 +47,21 @@ class Shown:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure of the page: its element, its size in pixels, and what it shows in words."""
+    """A figure of the page, as it is drawn first.
+
+    Attributes:
+        name: of its element.
+        width: in pixels, at the least.
+        height: in pixels.
+        label: what it shows, in words.
+        note: which prompts it is of, and whether its rows add up.
+    """
 
     name: str
     width: int
     height: int
     label: str
+    note: list[str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,6 @@ class Section:
     Attributes:
         title: its heading.
         text: what one sees.
-        note: which prompts the figure is of, and whether its rows add up.
         figure: drawn by plotly.
         numbers: the table behind the figure, with what it holds.
         heads: cards of heads, for each prompt.
@@ -71,7 +79,6 @@ class Section:
 
     title: str
     text: str
-    note: list[str] = field(default_factory=list)
     figure: Drawn | None = None
     numbers: tuple[str, Markup] | None = None
     heads: list[fragments.Heads] = field(default_factory=list)
@@ -99,12 +106,8 @@ class Choice:
     @property
     def key(self) -> str:
         """The choice as the page's script writes it."""
-        return "|".join("" if x is None else f"{x}" for x in self.of)
-
-    @property
-    def of(self) -> tuple[int | None, int | None, int | None]:
-        """Prompt, position, candidate."""
-        return self.prompt, self.position, self.candidate
+        chosen = self.prompt, self.position, self.candidate
+        return "|".join("" if x is None else f"{x}" for x in chosen)
 
     def view(self, result: Attribution) -> View:
         """The chosen part of a result."""
@@ -144,13 +147,9 @@ class Figures:
             )
             own = json.loads(figure.to_json())
             self.drawn[name][key] = own | {"note": note, "label": label}
-        first, _, label = next(iter(figures.values()))
+        first, note, label = next(iter(figures.values()))
         wanted = (first.layout.meta or {}).get("least", 330)
-        return Drawn(name, wanted, first.layout.height, label)
-
-    def note(self, of: Drawn) -> list[str]:
-        """What is said above a figure, as it is drawn first."""
-        return next(iter(self.drawn[of.name].values()))["note"]
+        return Drawn(name, wanted, first.layout.height, label, note)
 
     def audit(self, audit: Audit) -> Drawn:
         """The element for an audit, which is of all prompts."""
@@ -230,8 +229,7 @@ def sections(
         return {"heads": fragments.heads(own, patterns, prompts, shown.attention)}
 
     def lens() -> dict[str, Any]:
-        figure = _lens(result, prompts, figures)
-        return {"figure": figure, "note": figures.note(figure)}
+        return {"figure": _lens(result, prompts, figures)}
 
     found = []
     if isinstance(result, InputLedger):
@@ -274,12 +272,8 @@ def _drawn(result: Attribution, chosen: Sequence[Choice], figures: Figures) -> d
         several = len(own.samples) > 1 or len(chosen) > 1
         note = [*[where(own)] * several, own.words.certificate]
         drawn[choice.key] = (plots.plot(own, look=_UNTITLED), note, f"by {own.unit}, {where(own)}")
-    figure = figures.add(drawn)
-    return {
-        "note": figures.note(figure),
-        "figure": figure,
-        "numbers": (f"{which} in numbers", Markup(table.html(shown))),
-    }
+    numbers = f"{which} in numbers", Markup(table.html(shown))
+    return {"figure": figures.add(drawn), "numbers": numbers}
 
 
 def _flow(result: InputLedger, places: Sequence[Place], figures: Figures) -> dict[str, Any]:
@@ -302,8 +296,7 @@ def _flow(result: InputLedger, places: Sequence[Place], figures: Figures) -> dic
             Choice(),
         ):
             drawn.setdefault(choice.key, (figure, [about], f"flow, {about}"))
-    figure = figures.add(drawn)
-    return {"figure": figure, "note": figures.note(figure)}
+    return {"figure": figures.add(drawn)}
 
 
 def _lens(result: Attribution, prompts: Sequence[int], figures: Figures) -> Drawn:
