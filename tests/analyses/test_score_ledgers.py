@@ -101,6 +101,21 @@ def test_the_figure_shows_rows_and_pairs(one):
     assert "✓" in figure.layout.title.text and "rather than" in figure.layout.title.text
 
 
+@pytest.mark.parametrize("width", [560, 800, 1200])
+def test_the_number_left_of_a_falling_row_stays_clear_of_the_names(one, width):
+    figure = one.plot(width=width)
+    panel = 0.42 * (width - 140)  # pixels, beside names and margins
+    fallen = 0
+    for bars, axis in zip(
+        figure.data[:2], (figure.layout.xaxis, figure.layout.xaxis2), strict=True
+    ):
+        left, right = axis.range
+        for end in bars.x[np.asarray(bars.x) < 0]:
+            assert (end - left) / (right - left) * panel > 40  # seven small characters
+            fallen += 1
+    assert fallen
+
+
 def test_smaller_rows_are_added_up_in_the_ledgers_and_in_the_pairs(two):
     figure = two.plot(k=3, width=400)
     [bars] = [trace for trace in figure.data if trace.type == "bar" and trace.xaxis == "x"]

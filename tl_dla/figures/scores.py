@@ -59,7 +59,7 @@ def scores(
         ),
     ]
     fig = go.Figure()
-    half = replace(look, width=look.room - 50 if look.narrow else look.room // 2 + 80)
+    half = replace(look, width=look.room - 50 if look.narrow else look.room // 2)
     for name, view, side, panel in zip(
         ("the query", "the keys"), (query, key), sides, panels, strict=True
     ):
