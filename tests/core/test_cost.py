@@ -15,6 +15,7 @@ from tl_dla import direct_logit_attribution
 from tl_dla.core import run
 from tl_dla.core.readout import Readout
 
+MODELS = "gpt2", "gemma2"
 UNITS = ["component", "layer", "head", "neuron", "source"]
 
 
@@ -58,6 +59,13 @@ def test_answers_of_their_own_follow_their_prompts_into_the_parts(monkeypatch):
     with counted(model) as shapes:
         same(direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, pos=None), whole)
     assert shapes == [(1, 11, 32), (1, 11, 97)] * 2
+
+
+def test_rows_over_candidates_are_kept_once():
+    options = dict(candidate_tokens=torch.arange(64), unit="neuron", pos=None)
+    plain, capped = (direct_logit_attribution(load(x), tokens(), **options) for x in MODELS)
+    assert plain.nbytes < 1.2 * plain.values.nbytes
+    assert capped.nbytes > 2 * capped.values.nbytes  # before the cap and after it
 
 
 def test_directions_of_many_positions_are_there_for_one_layer_at_a_time(monkeypatch):

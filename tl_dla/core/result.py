@@ -62,7 +62,8 @@ class Attribution(LabelledRows, Savable):
             hops: the source rows that the rows split, the last one last.
         """
         unit, selection, d = about
-        values = query.targets.added(rows.values * rows.ratio)
+        as_is = bool((rows.ratio == 1).all())  # most models transform nothing: one copy is kept
+        values = query.targets.added(rows.values if as_is else rows.values * rows.ratio)
         # Of the residual points, the last one and the biases add up to the logit.
         n_points = len(rows.keys) - len(rows.constants)
         kept = slice(n_points - 1, None) if unit == "layer" else slice(None)
