@@ -33,6 +33,7 @@ CASES = [
     "deepseek_v3",  # keys through latents, part of them shared by all heads
     "granite",  # its own scale, multipliers
     "openai_gpt",  # norms on the stream itself
+    "opt_350m",  # the same in a stream that is wider than what is unembedded
 ]
 PLACES = [9, 6, 4]
 CONSTANTS = ("b_Q", "b_K", "score_bias")

@@ -32,13 +32,12 @@ from tl_dla.analyses.paths import below
 from tl_dla.analyses.score_form import ScoreForm, Side, halves_of
 from tl_dla.analyses.score_ledgers import AttentionAttribution
 from tl_dla.core.certificate import Check, Wanted, require_check
-from tl_dla.core.decomposition import Decomposition
 from tl_dla.core.numbers import Numbers, Subject
-from tl_dla.core.readout import Readout
 from tl_dla.core.result import Attribution
 from tl_dla.core.rounding import EPS32, score_sizes
 from tl_dla.core.rows import Rows
 from tl_dla.core.taps import Kept, Tap, exact, forward, recall
+from tl_dla.core.vectors import vectors_of
 from tl_dla.errors import ArgumentError, TokenError, UnsupportedModelError
 from tl_dla.inputs.caches import check_cache
 from tl_dla.inputs.models import require_model
@@ -50,7 +49,6 @@ from tl_dla.inputs.text import pieces
 from tl_dla.inputs.tokens import Input
 from tl_dla.model.hooks import Site, upcast
 from tl_dla.model.reader import ModelReader
-from tl_dla.model.unembedding import unembed_matrix
 
 Place = int | str | Sequence[int]
 
@@ -173,8 +171,7 @@ class Score:
         layer = self.layer
         self.qk = qk = reader.queries_and_keys(layer)
         steps, self.norm = below(reader, reader.stream().steps, layer)
-        identity = Readout.identity(unembed_matrix(reader.model))
-        self.parts = Decomposition(reader, steps, identity, [], unit, Selection(), whole=False)
+        self.parts = vectors_of(reader, unit, steps=steps)
         self.x = Tap(qk.site, upcast if qk.site.argument is None else self._taken)
         self.pattern = Tap(qk.pattern, upcast, keys=True, heads_first=True)
         self.taps = [*self.parts.taps, self.x, self.pattern]
