@@ -68,6 +68,20 @@ def test_flags_say_what_the_table_says() -> None:
             assert all("Next: " in flag.sentence and row in flag.sentence for flag in mine)
 
 
+def test_rows_of_groups_alone_are_audited_together() -> None:
+    result = attributed("gpt2")
+    group = ["L1H2", "0_mlp_out"]
+    found = audit(result, rows=[group], progress=False)
+    [run] = ablate(result, [group], progress=False).values()
+    torch.testing.assert_close(found.total[0], result.logit - run.logit)
+    torch.testing.assert_close(found.direct[0], result["L1H2"] + result["0_mlp_out"])
+    assert found.erasures.writers == group
+    torch.testing.assert_close(found.erasures.left, erasures(result, group).left)
+    line = found.to_dataframe().iloc[0]
+    assert line["row"] == "L1H2+0_mlp_out" and line[["left", "copy_share"]].isnull().all()
+    assert not line[["erased", "copy_suppression"]].any() and "L1H2+0_mlp_out" in repr(found)
+
+
 def test_ragged_prompts_give_what_each_gives_alone() -> None:
     model = boot("gpt2")
     long, short = tokens(1, 11), tokens(1, 7)

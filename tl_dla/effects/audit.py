@@ -14,6 +14,7 @@ what it means and which experiment settles it. Flags judge means over prompts an
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ class Audit:
         direct_recomputed: the same with the final norm rescaling.
         total: the logit, less that of the ablated run.
         repairs: for each row where direct − total goes.
-        erasures: what later rows remove of each single row.
+        erasures: what later rows remove of each row, those of groups one by one.
         copied: for each negative head what its row owes to source tokens that are the answer; NaN
             for other rows, and where the model's heads cannot be split by source token.
         ablation, at: what was written instead of the rows, and where.
@@ -260,7 +261,7 @@ def audit(
             there = stack_of(vectors, runs[name].kept, result.positions)
             removed = removed - _added(there, labels)
         recomputed.append(final.effect_of(removed))
-    single = [labels[0] for labels in groups.values() if len(labels) == 1]
+    single = list(dict.fromkeys(label for labels in groups.values() for label in labels))
     return Audit(
         result=result,
         rows=list(groups),
@@ -269,18 +270,19 @@ def audit(
         total=torch.stack([repairs[name].total for name in groups]),
         repairs=repairs,
         erasures=erasures(result, single, stack=stack),
-        copied=_copied(result, list(groups)),
+        copied=_copied(result, list(groups), single),
         ablation=ablation,
         at=at,
     )
 
 
-def _copied(result: Attribution, rows: list[str]) -> Tensor:
+def _copied(result: Attribution, names: Sequence[str], single: Sequence[str]) -> Tensor:
     """NaN throughout for a model whose heads cannot be split: the rest of the audit stands."""
-    try:
-        return copy_suppression(result, rows)
-    except UnsupportedModelError:
-        return torch.stack([torch.full_like(result.logit, torch.nan) for _ in rows])
+    copied: dict[str, Tensor] = {}
+    with suppress(UnsupportedModelError):
+        copied = dict(zip(single, copy_suppression(result, single), strict=True))
+    nothing = torch.full_like(result.logit, torch.nan)
+    return torch.stack([copied.get(name, nothing) for name in names])
 
 
 def _largest(result: Attribution, k: int) -> list[str]:
