@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_what_was_there(folder, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(type(out), "write_bytes", full)
     assert main([*GIVEN, "--out", str(out), "--model", folder]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"No space left on device: {str(out)!r}" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["a.json"]
     assert out.read_text() == "before"
 
@@ -65,6 +65,14 @@ def test_out_writes_through_links_and_into_what_is_no_file(run, tmp_path):
     assert json.loads((tmp_path / "real.json").read_text())["token"] == "w8"
     run(*GIVEN, "--out", os.devnull)
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_a_terminal_that_says_no_width_has_a_usual_one(run, monkeypatch):
+    """`COLUMNS=0` is what some shells export; no table was printed at all."""
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
+    text = run(*GIVEN)
+    assert "\x1b[" in text and "all rows" in text
 
 
 @pytest.mark.parametrize("columns", ["20", "80"])

@@ -13,6 +13,7 @@ from tl_dla.cli import commands, main
 from tl_dla.loading import load_model
 
 PROMPT = "w5 w60 w7 w42 w8"
+TWICE = ["--incorrect", "w9", "--incorrect"]
 IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which models prepend
 
 
@@ -24,7 +25,11 @@ IDS = torch.tensor([[1, 5, 60, 7, 42, 8]])  # w1 is the tokenizer's BOS, which m
         (["attribute", ""], "The prompt is empty"),
         (["attribute", PROMPT, "--pos", "6"], "Position 6 is outside prompt 0, which has 6 tokens"),
         (["attribute", PROMPT, "--out", "/no/such/a.csv"], "there is no folder /no/such"),
-        (["attribute", PROMPT, "--out", "/"], "'/' is a folder"),
+        (["attribute", PROMPT, "--out", "/"], "cannot be written to /: it is a folder"),
+        (["attribute", PROMPT, *TWICE, "mean"], "is the mean of the whole vocabulary and stands"),
+        (["attribute", PROMPT, *TWICE, "runner-up"], "of each, is for --completion"),
+        (["lens", PROMPT, "--answer", "w8", *TWICE, "mean"], "by --incorrect-id"),
+        (["report", PROMPT, "--out", "a.txt"], "'a.txt' is of another form: a report is a page"),
         (["attribute", PROMPT, "--device", "cuda:99"], "--device 'cuda:99' cannot be used"),
         (["attribute", PROMPT, "--max-new-tokens", "3"], "is for --completion without TEXT"),
         (["attribute", PROMPT, "--device", "gpu"], "--device 'gpu' cannot be used"),
@@ -53,6 +58,28 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(folder, capsys, argv, f
         ["--model", folder] if argv and argv[0] in ("attribute", "lens", "report", "check") else []
     )
     assert_one_line([*argv, *model], fragment, capsys)
+
+
+@pytest.mark.parametrize(
+    ("stream", "argv", "words"),
+    [
+        ("stdout", ["attribute", PROMPT], "stdout is closed: name a file with --out"),
+        ("stdin", ["attribute", "-"], "The prompt - is read from stdin, which is closed"),
+    ],
+)
+def test_a_closed_stream_is_one_line(capsys, monkeypatch, stream, argv, words):
+    """Python has None for what was closed; the model is not read."""
+    monkeypatch.setattr(sys, stream, None)
+    assert main([*argv, "--model", "none"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_closed_stderr_is_told_nothing(folder, tmp_path, monkeypatch):
+    out = tmp_path / "a.json"
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["attribute", PROMPT, "--model", folder, "--out", str(out)]) == 0
+    sys.stderr.close()
+    assert json.loads(out.read_text())["token"]
 
 
 def assert_one_line(argv, fragment, capsys, code=2):

@@ -267,6 +267,24 @@ def test_what_is_no_result_is_one_sentence(tmp_path):
             result.save(place)
 
 
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
+    """A folder that is read-only is seen before anything is made; a full disk names the file."""
+    result, path = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS), tmp_path / "x"
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "hidden"))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    for write in (result.save, result.report):
+        with pytest.raises(ArgumentError, match=f"written to {path}: Permission denied"):
+            write(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(path), "write_bytes", refused)
+    with pytest.raises(PermissionError, match=f"Permission denied: '{path}'$"):
+        result.save(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_file_is_written_into_and_stays(tmp_path):
     """A pipe, where a device would be: a result that was renamed over /dev/null replaced it."""
     result = direct_logit_attribution(load("gpt2"), tokens(), ANSWERS)

@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     args.command = shlex.join(["tl-dla", *argv])
+    if sys.stderr is None:  # closed: what is told has no reader
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None and args.out is None:
+        return _fail("stdout is closed: name a file with --out.", 2, args)
     try:
         from tl_dla.cli import commands
 

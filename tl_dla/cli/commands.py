@@ -23,7 +23,7 @@ from tl_dla.cli.answers import (
 )
 from tl_dla.cli.arguments import GENERATED
 from tl_dla.cli.messages import tell
-from tl_dla.cli.output import Output, require_file, require_writable, wrote
+from tl_dla.cli.output import Output, require_page, require_writable, wrote
 from tl_dla.core.result import Attribution
 from tl_dla.errors import ArgumentError, TlDlaError
 from tl_dla.inputs.positions import Positions, read_positions
@@ -109,7 +109,7 @@ def report(args: argparse.Namespace) -> None:
     """`tl-dla report`."""
     from tl_dla.report.page import write_report
 
-    require_file(args.out)
+    require_page(args)
     result = attributed(args)
     tell(f"report: {result.reconstruction}")
     if warning := rest_warning(result.labels, result.kinds, result.attribution.flatten(1)):
@@ -223,11 +223,28 @@ def asked(model: Any, args: argparse.Namespace) -> str | int:
 def read_stdin(args: argparse.Namespace) -> None:
     """The prompt `-` is what comes on stdin, without its last line break."""
     if args.prompt == "-":
+        if sys.stdin is None:
+            raise ArgumentError("The prompt - is read from stdin, which is closed.")
         args.prompt = sys.stdin.read().removesuffix("\n")
 
 
 def incorrect(args: argparse.Namespace) -> str | int | list[str | int] | None:
-    """One incorrect answer by itself (`mean` is the vocabulary's mean), several as a list."""
+    """One incorrect answer by itself (`mean` is the vocabulary's mean), several as a list.
+
+    Raises:
+        ArgumentError: for words that name a baseline, where they cannot.
+    """
+    given = args.incorrect or []
+    if getattr(args, "completion", None) is None:
+        if "mean" in given and len(given) > 1:
+            raise ArgumentError(
+                "--incorrect mean is the mean of the whole vocabulary and stands alone; give the"
+                " token of that name by --incorrect-id."
+            )
+        if "runner-up" in given:
+            raise ArgumentError(
+                "--incorrect runner-up, the likeliest other token of each, is for --completion."
+            )
     return args.incorrect[0] if args.incorrect and len(args.incorrect) == 1 else args.incorrect
 
 

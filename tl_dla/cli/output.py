@@ -6,6 +6,7 @@ import io
 import json
 import math
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from tl_dla.cli.messages import tell
-from tl_dla.core.files import aside
+from tl_dla.core.files import aside, place_for
 from tl_dla.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class Output:
             return self.code
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack the bars' characters
-        if form == "table" and (terminal := Console()).is_terminal:
+        width = shutil.get_terminal_size().columns  # rich would take COLUMNS=0 by its word
+        if form == "table" and (terminal := Console(width=width)).is_terminal:
             terminal.print(self.table())
         else:
             sys.stdout.write(self._content(form, args.command).decode())
@@ -92,7 +94,8 @@ def require_writable(args: argparse.Namespace, page: bool = False) -> None:
 
     `page` says whether a page is one of them.
     """
-    require_file(args.out)
+    if args.out is not None:
+        place_for(args.out, "answer")
     if page and _is_page(args):
         return
     if _form(args) == "parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -101,15 +104,11 @@ def require_writable(args: argparse.Namespace, page: bool = False) -> None:
         )
 
 
-def require_file(out: str | None) -> None:
-    """Raise where `--out` cannot be a file."""
-    if out is None:
-        return
-    path = Path(out)
-    if path.is_dir():
-        raise ArgumentError(f"--out must name a file; {out!r} is a folder.")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"--out {out!r} cannot be written: there is no folder {path.parent}.")
+def require_page(args: argparse.Namespace) -> None:
+    """Raise, before anything is computed, where `--out` cannot be a page."""
+    place = place_for(args.out, "report")
+    if place.suffix and place.suffix.lower() in _FORMS:
+        raise ArgumentError(f"--out {args.out!r} is of another form: a report is a page, .html.")
 
 
 def _is_page(args: argparse.Namespace) -> bool:
