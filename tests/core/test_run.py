@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests.support.models import either, load
-from tests.zoo.build import ANSWERS, INCORRECT, tokens
+from tests.zoo.build import ANSWERS, INCORRECT, hf_reference, tokens
 from tl_dla import (
     ArgumentError,
     ReconstructionError,
     ablate,
     attribute_path,
     check_model,
+    compare,
     direct_logit_attribution,
     logit_lens,
 )
@@ -179,6 +180,43 @@ def test_contractions_stay_in_float32_under_autocast():
     # Added up in bfloat16, the rows would miss each other by a hundredth of the largest.
     total = result.attribution.double().sum(0)
     assert float((total - result.reconstruction.reconstructed).abs().max()) < 1e-5
+
+
+def test_readouts_are_pulled_back_in_float32_under_autocast():
+    """By hand, from what the model showed under autocast."""
+    model, plain = load("gpt2"), hf_reference("gpt2")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, unit="head")
+        _, cache = model.run_with_cache(tokens())
+    u = plain.lm_head.weight[ANSWERS] - plain.lm_head.weight[INCORRECT]
+    norm, W_O = plain.transformer.ln_f, plain.transformer.h[1].attn.c_proj.weight[16:24]
+    torch.testing.assert_close(result["ln_final.b"], u @ norm.bias, atol=1e-6, rtol=0)
+    w = norm.weight * u
+    wrote = cache["blocks.1.attn.hook_z"][:, -1, 2].float() @ W_O
+    moved = (wrote * (w - w.mean(-1, keepdim=True))).sum(-1)
+    scale = cache["ln_final.hook_scale"][:, -1, 0].float()
+    torch.testing.assert_close(result["L1H2"], moved / scale, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_paths_and_comparisons_run_under_the_callers_autocast(name):
+    model = load(name)
+
+    def ask():
+        one = direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, unit="source")
+        other = direct_logit_attribution(model, tokens(), INCORRECT, 3, unit="source")
+        path = attribute_path(attribute_path(one, "L2H1", 3), "L1H1", 2)
+        return one, path, compare(one, other, answers=True)
+
+    _, path, changes = ask()
+    with torch.autocast("cpu", torch.bfloat16):
+        one, own_path, own_changes = ask()
+    assert own_path.reconstruction.passed and own_changes.reconstruction.passed
+    assert own_path.labels == path.labels and own_changes.labels == changes.labels
+    largest = float(path.attribution.abs().max())
+    assert 0 < float((own_path.attribution - path.attribution).abs().max()) < 0.05 * largest
+    torch.testing.assert_close(own_changes.values_a[..., 0, 0], one.attribution)
+    torch.testing.assert_close(own_changes.change, changes.change, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "falcon"])

@@ -340,8 +340,8 @@ def compare(
         require_result(one)
     require_comparable(a, b, answers)
     keys = merged([a.keys, b.keys])
+    crossed = by_scales(a, b) if read_alike(a, b) else by_runs(a, b)
     with exact():
-        crossed = by_scales(a, b) if read_alike(a, b) else by_runs(a, b)
         keys = merged([keys, *(side.keys for side in crossed)])
         own_a, own_b, wrote, read = split(a, b, crossed, keys)
     reconstruction = certified(a, b, keys, wrote + read, crossed)

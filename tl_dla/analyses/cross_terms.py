@@ -18,8 +18,8 @@ from tl_dla.core.decomposition import B_U, LN_FINAL_B, Decomposition
 from tl_dla.core.final_readout import token_readout
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey, aligned
-from tl_dla.core.run import again, direct_unit, several_readings
-from tl_dla.core.taps import Tap
+from tl_dla.core.run import Run, again, direct_unit, several_readings
+from tl_dla.core.taps import Tap, exact
 from tl_dla.errors import ArgumentError
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import FINAL
@@ -43,6 +43,7 @@ def read_alike(a: Attribution, b: Attribution) -> bool:
     return same_answers(a, b) and torch.equal(one.cpu()[valid], other.cpu()[valid])
 
 
+@exact()
 def by_scales(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
     """The rows of a with b's scale and soft cap, and those of b with a's."""
 
@@ -72,9 +73,10 @@ def by_runs(a: Attribution, b: Attribution) -> tuple[Crossed, Crossed]:
 
 
 def _run(rows: Attribution, readout: Attribution, name: str) -> Crossed:
-    reader, other, n = ModelReader(rows.model), readout.numbers, len(rows.prompts.length)
+    reader, n = ModelReader(rows.model), len(rows.prompts.length)
     directions = replace(token_readout(readout), norms=())
 
+    @exact()
     def parts(prompts: slice) -> Decomposition:
         own, about = directions.part(prompts), (direct_unit(rows), rows.selection)
         return Decomposition(reader, reader.stream().steps, own, [], *about)
@@ -85,14 +87,20 @@ def _run(rows: Attribution, readout: Attribution, name: str) -> Crossed:
         return (whole if prompts == slice(0, n) else parts(prompts)).taps
 
     once = again(rows, "component", taps=taps)
-    found = whole.rows(once.kept, rows.positions)
+    with exact():
+        return _crossed(whole, once, readout, name)
+
+
+def _crossed(whole: Decomposition, once: Run, readout: Attribution, name: str) -> Crossed:
+    reader, other = whole.reader, readout.numbers
+    found = whole.rows(once.kept, once.query.positions)
     ratio = other.ratio.to(found.total) / other.scale.to(found.total)[..., None]
     found = replace(found, ratio=ratio)
     total, eps = found.total * ratio, max(reader.machine_eps, once.kept.machine_eps)
     against = "the final stream, read out so"
     wanted = Wanted(total, torch.zeros_like(total), against, eps)
     kept = added(found.keys)
-    certificate = certify(found, kept, wanted, readout.query, directions.direction.shape[-1])
+    certificate = certify(found, kept, wanted, readout.query, whole.readout.direction.shape[-1])
     values = readout.targets.added(found.values * ratio)
     return Crossed(found.keys, values, name, certificate)
 

@@ -107,10 +107,10 @@ def attribute_path(
     place = place_of_head(reader, head)
     selection = read_selection(reader, unit, layers, heads, top_neurons)
     hops = (*result.hops, Hop(*place, read_places(reader.model, result.prompts, source, "source")))
+    end = follow(result, hops)
+    parts = end.parts(unit, selection)
+    once = forward(end.query, parts.taps, logits=False)
     with exact():
-        end = follow(result, hops)
-        parts = end.parts(unit, selection)
-        once = forward(end.query, parts.taps, logits=False)
         shape, targets = result.numbers.ratio.shape, result.targets
         # The token axis is `pos token` of the result: every position has a readout of its own.
         weights = targets.weights
@@ -154,6 +154,7 @@ class PathEnd:
     size: Float[Tensor, "batch 1 token"]
     ratio: Float[Tensor, "batch 1 token"]
 
+    @exact()
     def parts(self, unit: Unit, selection: Selection) -> Decomposition:
         """What wrote to the stream that the head reads."""
         return through_head(self.before, self.hop, self.values, (unit, selection))
@@ -162,11 +163,14 @@ class PathEnd:
 def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
     """Go back along a path, a forward pass for each of its steps."""
     query, flat = result.query, result.numbers.ratio.flatten(1)[:, None]
+    reader = ModelReader(query.model)
     end: PathEnd | None = None
     for hop in hops:
         selection = Selection(heads=((hop.layer, hop.head),))
         before = (
-            of_query(query, "source", selection) if end is None else end.parts("source", selection)
+            of_query(query, "source", selection, reader=reader)
+            if end is None
+            else end.parts("source", selection)
         )
         split = next((s for s in before.splits.values() if s.layer == hop.layer), None)
         if not isinstance(split, SourceSplit):
@@ -177,9 +181,10 @@ def follow(result: Attribution, hops: Sequence[Hop]) -> PathEnd:
             )
         kept = forward(query, before.taps, logits=end is None)
         if end is None:
-            size = before.stream.rows(before.reader, before.scaled(kept)).readout_norm
+            size = before.stream.rows(reader, before.scaled(kept)).readout_norm
             require_same(result, kept, size)
-        read = _values(split, before.scaled(kept, query.positions), hop)
+        with exact():
+            read = _values(split, before.scaled(kept, query.positions), hop)
         index = hop.source[:, None]
         at = Positions(index, torch.ones_like(index).bool(), True, False)
         query = replace(query, positions=at)

@@ -19,7 +19,7 @@ from tl_dla.core.readout import Readout
 from tl_dla.core.residual import StreamTaps, pull_back
 from tl_dla.core.rows import REMAINDER, RowGroup, RowKey, Rows, ScaledKept, SplitCheck
 from tl_dla.core.sources import SourceSplit
-from tl_dla.core.taps import Kept, Tap
+from tl_dla.core.taps import Kept, Tap, exact
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
@@ -259,6 +259,7 @@ def logit_readout(
     return logit, beta
 
 
+@exact()
 def of_query(
     query: Query,
     unit: Unit,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_dla.core.taps import Kept, Tap
+from tl_dla.core.taps import Kept, Tap, exact
 from tl_dla.model.hooks import product, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import Unembedding
@@ -40,16 +40,17 @@ def capped_mean(reader: ModelReader, read: Callable[[Sequence[Tap]], Kept]) -> M
     if norm is not None:
         taps.append(Tap(norm.site, norm.scale))
     kept = read(taps)
-    y = kept[taps[0]]
-    if norm is not None:
-        y = norm.forward(y, kept[taps[1]])
-    if stream.project_out is not None:
-        y = y @ stream.project_out.to(y).mT
-    unembed = Unembedding(reader.model, stream, _CHUNK)
-    direction, bias = torch.zeros_like(y), torch.zeros_like(y[..., 0])
-    for chunk in unembed.chunks():
-        ratio = chunk.ratio(y)
-        direction += product(chunk.columns, ratio)
-        bias += ratio @ chunk.bias
-    n = unembed.d_vocab
-    return Mean((direction / n)[:, :, None], (bias / n)[:, :, None])
+    with exact():
+        y = kept[taps[0]]
+        if norm is not None:
+            y = norm.forward(y, kept[taps[1]])
+        if stream.project_out is not None:
+            y = y @ stream.project_out.to(y).mT
+        unembed = Unembedding(reader.model, stream, _CHUNK)
+        direction, bias = torch.zeros_like(y), torch.zeros_like(y[..., 0])
+        for chunk in unembed.chunks():
+            ratio = chunk.ratio(y)
+            direction += product(chunk.columns, ratio)
+            bias += ratio @ chunk.bias
+        n = unembed.d_vocab
+        return Mean((direction / n)[:, :, None], (bias / n)[:, :, None])
