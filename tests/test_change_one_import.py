@@ -162,7 +162,7 @@ def test_columns_of_answers_are_answer_and_foil_and_neurons_are_ranked_alone():
 # ---- the result class ----------------------------------------------------------------------------
 
 
-def test_a_result_can_be_made_of_numbers_and_labels():
+def test_a_result_can_be_made_of_numbers_and_labels(tmp_path):
     numbers = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.0, 0.5]])
     labels = ["embed", "0_attn_out", "L0H3"]
     for result in (
@@ -173,6 +173,8 @@ def test_a_result_can_be_made_of_numbers_and_labels():
         assert result.unit == "component" and result.kinds == ["embed", "attn", "head"]
         assert result.top(2) == [("embed", 1.5), ("0_attn_out", 1.0)]
         assert not result.reconstruction.passed and "not certified" in repr(result)
+        assert torch.equal(result.heads, torch.stack([torch.zeros(2)] * 3 + [numbers[2]])[None])
+        assert "L0H3" in result.report(tmp_path / "page.html").read_text("utf-8")
         assert len(result.to_dataframe()) == 6 and result.plot().data
         assert torch.equal(pickle.loads(pickle.dumps(result)).attribution, numbers)
         assert torch.equal(replace(result).attribution, numbers)

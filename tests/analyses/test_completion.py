@@ -168,6 +168,20 @@ def test_a_completion_is_what_the_model_says_and_each_token_as_if_asked_alone(na
     assert found.segments == [["prompt"] * 6 + ["answer"] * 4]
 
 
+@pytest.mark.parametrize("name", either("gpt2", "ln"))
+def test_a_model_whose_end_is_not_known_says_all_that_it_may(name, monkeypatch):
+    model, text = load(name), tokens(1, 6)
+    monkeypatch.setattr(model, "tokenizer", None)
+    monkeypatch.setattr(model.cfg, "eos_token_id", None, raising=False)
+    found = attribute_completion(model, text, max_new_tokens=3)
+    with torch.no_grad():
+        for _ in range(3):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+    assert found.answers == [[str(token) for token in text[0, 6:].tolist()]]
+    [stop] = text[0, 6:7].tolist()
+    assert len(attribute_completion(model, text[:, :6], eos_token_id=stop).answers[0]) == 1
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_options_of_generate_are_passed_on_and_what_does_not_fit_is_refused():
     model, prompt = load("gpt2"), tokens(1, 6)

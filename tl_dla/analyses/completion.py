@@ -195,7 +195,9 @@ def _generated(
             f"max_new_tokens must be 1 to {model.cfg.n_ctx - len(start)}, the room that the prompt"
             f" leaves in the model's context; {n} was given."
         )
-    given = {"do_sample": False, "verbose": False, **options}
+    known = [getattr(one, "eos_token_id", None) for one in (model.tokenizer, model.cfg)]
+    ends = any(one is not None for one in [*known, options.get("eos_token_id")])
+    given = {"do_sample": False, "verbose": False, "stop_at_eos": ends, **options}
     with torch.no_grad():
         out = model.generate(start[None], max_new_tokens=n, return_type="tokens", **given)
     return out[0, len(start) :]

@@ -137,7 +137,8 @@ class LabelledRows(Keyed):
             if key.kind == "head" and key.layer is not None and key.index is not None
         ]
         rows, layers, heads = map(list, zip(*found, strict=True))
-        shape = (self.model.cfg.n_layers, max(heads) + 1, *self.attribution.shape[1:])
+        n_layers = getattr(self.model.cfg, "n_layers", max(layers) + 1)  # numbers alone: as named
+        shape = (n_layers, max(heads) + 1, *self.attribution.shape[1:])
         grid = self.attribution.new_zeros(shape)
         grid[layers, heads] = self.attribution[rows]
         return grid

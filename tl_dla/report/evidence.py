@@ -48,7 +48,8 @@ def held_places(result: Attribution, shown: int) -> list[Place]:
     """The places that the page holds: of the shown prompt first, the last position first."""
     every = [Place(b, p) for b, p in result.positions.valid.nonzero().tolist()]
     every.sort(key=lambda place: (place.prompt != shown, place.prompt, -place.column))
-    heads = result.model.cfg.n_layers * max(1, result.model.cfg.n_heads)
+    cfg = result.model.cfg  # without sizes for a result of numbers alone
+    heads = getattr(cfg, "n_layers", 1) * max(1, getattr(cfg, "n_heads", 1))
     tokens = result.values.shape[3] * int(result.prompts.length.max())
     size = heads * (tokens + 4 * _N_TOKENS)  # what a head moves; tokens with their values, twice
     return every[: max(1, min(_MOST_PLACES, _MOST_NUMBERS // size))]
