@@ -253,6 +253,7 @@ def test_folded_weights_and_half_precision_add_up():
     torch.testing.assert_close(half.score, whole.score, rtol=0, atol=0.1)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_gets_one_sentence():
     model = boot("gpt2")
     for error, message, options in (
@@ -263,6 +264,8 @@ def test_bad_input_gets_one_sentence():
         (TokenError, "key is position 10 of prompt 0, which position 9", dict(key=10)),
         (TokenError, "Key 11 is outside prompt 0, which has 11 tokens", dict(key=11)),
         (TokenError, "3 positions were given as versus for 2 prompts", dict(versus=[1, 2, 3])),
+        (TokenError, "Key must be a position, one per prompt, or a .* got 2.0", dict(key=2.0)),
+        (TokenError, r"got \['w3', 'w4'\]", dict(key=["w3", "w4"])),
         (TokenError, "'w0' is 0 times a token of prompt 0", dict(key="w0")),
     ):
         asked = dict(head="L1H1", query=9, key=6, versus=4) | options

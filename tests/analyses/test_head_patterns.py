@@ -258,8 +258,15 @@ def test_bad_input_gets_one_sentence(llama, result):
     several = direct_logit_attribution(llama, tokens(), candidate_tokens=[5, 9], unit="head")
     with pytest.raises(ArgumentError, match="over candidates"):
         top_heads_with_patterns(several)
-    with pytest.raises(ArgumentError, match="prompt must be one of 2; 2 was given"):
-        top_heads_with_patterns(result, 1).show(prompt=2)
+    heads = top_heads_with_patterns(result, 1)
+    ways = [lambda n: heads.show(prompt=n), lambda n: heads[0].reads(prompt=n)]
+    for ask in [*ways, heads.summary, heads[0].described]:
+        with pytest.raises(ArgumentError, match="prompt must be one of the result's 2; 2 was"):
+            ask(2)
+    with pytest.raises(ArgumentError, match="position must be one of the result's 1; 1 was given"):
+        heads[0].reads(position=1)
+    with pytest.raises(ArgumentError, match="k must be at least 1; -2 was given"):
+        heads[0].reads(-2)
 
 
 @of_4

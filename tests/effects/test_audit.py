@@ -205,6 +205,8 @@ def test_refusals_say_what_to_do() -> None:
     for call, fragment in [
         (lambda: ablate(result, ["ln_final.b"]), "not written at one place"),
         (lambda: ablate(result, "L0H1"), "Give a list of rows"),
+        (lambda: audit(result, rows=[["L0H1", "L0H1"]]), "Each row of a group is ablated once"),
+        (lambda: erasures(result).plot(0), "k must be at least 1; 0 was given"),
         (lambda: ablate(result, ["L0H1"], reference=tokens()), "reads no reference"),
         (lambda: ablate(result, ["L0H1"], batch_size=0), "at least 1"),
         (lambda: audit(result, k=0), "at least 1"),

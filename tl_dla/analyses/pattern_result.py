@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.analyses.pattern_kinds import KindOrOther, PatternKind
+from tl_dla.core.choice import within
 from tl_dla.errors import ArgumentError
 from tl_dla.figures.attention_view import AttentionStyle, AttentionView
+from tl_dla.figures.view import require_some
 from tl_dla.inputs.positions import Positions
 
 if TYPE_CHECKING:
@@ -73,10 +75,17 @@ class HeadPattern:
             k: how many; fewer in a shorter prompt.
             prompt: of which prompt.
             position: from which of the attributed positions, an index into them.
+
+        Raises:
+            ArgumentError: for a k below 1, and a prompt or position that there is not.
         """
+        require_some(k)
+        within("prompt", prompt, len(self.tokens))
+        places = self.positions.valid[prompt].nonzero()[:, 0]
+        within("position", position, len(places))
         whole = self.positions.unsqueeze
         rows, moved = whole(self.row)[prompt], whole(self.contributions)[prompt]
-        at = self.positions.valid[prompt].nonzero()[position, 0]
+        at = places[position]
         n = len(self.tokens[prompt])
         order = rows[at, :n].argsort(descending=True, stable=True)[:k].tolist()
         return [(self.tokens[prompt][i], i, float(rows[at, i]), float(moved[at, i])) for i in order]
@@ -143,6 +152,7 @@ class HeadPattern:
         Args:
             prompt: the first at the last attributed token of this prompt alone.
         """
+        within("prompt", prompt, len(self.tokens))
         every = range(len(self.tokens))
 
         def words(
@@ -187,9 +197,7 @@ class HeadPatterns(list[HeadPattern]):
         """
         if not self:
             raise ArgumentError("There is no head to show.")
-        n_prompts = len(self[0].tokens)
-        if not -n_prompts <= prompt < n_prompts:
-            raise ArgumentError(f"prompt must be one of {n_prompts}; {prompt} was given.")
+        within("prompt", prompt, len(self[0].tokens))
         tokens = self[0].tokens[prompt]
         n = len(tokens)
         heads = [head for _, some in self.signs for head in some]

@@ -128,7 +128,7 @@ def read_choice(
         ArgumentError: for one that the result does not have.
     """
     n_prompts, width = query.positions.index.shape
-    prompt = _within("prompt", prompt, n_prompts)
+    prompt = within("prompt", prompt, n_prompts)
     width = width if prompt is None else int(query.positions.valid[prompt].sum())
     names = query.targets.candidates
     if isinstance(candidate, str):
@@ -139,11 +139,12 @@ def read_choice(
             )
         candidate = names.index(candidate)
     n_candidates = 1 if names is None else len(names)
-    position = _within("position", position, width)
-    return Choice(query, prompt, position, _within("candidate", candidate, n_candidates), width)
+    position = within("position", position, width)
+    return Choice(query, prompt, position, within("candidate", candidate, n_candidates), width)
 
 
-def _within(name: str, index: int | None, n: int) -> int | None:
+def within(name: str, index: int | None, n: int) -> int | None:
+    """An index counted from the front, None for none; raise where there is no such one of n."""
     if index is None:
         return None
     if isinstance(index, bool) or not isinstance(index, Integral):

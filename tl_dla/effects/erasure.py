@@ -125,7 +125,9 @@ class Erasures:
         """
         from tl_dla.figures import effects
         from tl_dla.figures.charts import Heading, Look
+        from tl_dla.figures.view import require_some
 
+        require_some(k)
         ratio, logits = (_means(x).double().cpu() for x in (self.ratio, self.logits))
         largest = logits.abs().amax(0).argsort(descending=True)[:k]
         columns = [j for j in largest.sort().values.tolist() if bool(self.later[:, j].any())]

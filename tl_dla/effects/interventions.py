@@ -134,6 +134,9 @@ def name_groups(rows: Sequence[Group]) -> dict[str, list[str]]:
     groups = [[group] if isinstance(group, str) else list(group) for group in rows]
     if isinstance(rows, str) or not all(groups) or not groups:
         raise ArgumentError(f"Give a list of rows, each a label or a list of labels; got {rows!r}.")
+    for group in groups:
+        if len(set(group)) < len(group):
+            raise ArgumentError(f"Each row of a group is ablated once; got {group!r}.")
     return {"+".join(group): group for group in groups}
 
 

@@ -3,9 +3,10 @@
 They count the real tokens of each prompt: 0 is its first, -1 its last, whatever the padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -155,7 +156,13 @@ def read_places(
     if isinstance(given, str):
         places = [_find(model, prompts, row, given) for row in range(len(lengths))]
     else:
-        places = [given] * len(lengths) if isinstance(given, int) else list(given)
+        given = given.tolist() if isinstance(given, Tensor) else given
+        places = list(given) if isinstance(given, Iterable) else [given] * len(lengths)
+        if not all(isinstance(place, Integral) for place in places):
+            raise TokenError(
+                f"{name.capitalize()} must be a position, one per prompt, or a token's text; got"
+                f" {given!r}."
+            )
     if len(places) != len(lengths):
         raise TokenError(
             f"{len(places)} positions were given as {name} for {len(lengths)} prompts."
