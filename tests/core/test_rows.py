@@ -2,9 +2,10 @@
 
 import pickle
 
+import pytest
 import torch
 
-from tl_dla.core.rows import Keys, RowGroup, RowKey, Rows
+from tl_dla.core.rows import Keyed, Keys, RowGroup, RowKey, Rows
 
 
 def test_keys_are_made_when_they_are_first_asked_for():
@@ -34,3 +35,12 @@ def test_rows_of_a_kind_are_found_in_their_places():
     assert rows.of_kind("rest") == [(RowKey("rest", 3, "rest"), 5)]
     assert [key.label for key in rows.keys][3:] == ["L3N3", "L3N4", "3_rest", "b_U"]
     assert [i for _, i in rows.of_kind("neuron")] == [0, 1, 2, 3, 4]
+
+
+def test_a_row_is_found_by_its_label_the_first_of_several():
+    class Named(Keyed):
+        keys = (RowKey("embed", None, "embed"), *[RowKey("head", 1, index=2)] * 2)
+
+    assert [Named().index(label) for label in ("embed", "L1H2")] == [0, 1]
+    with pytest.raises(KeyError, match="No row 'L1H3'; the rows are embed, L1H2, L1H2, …, L1H2"):
+        Named().index("L1H3")

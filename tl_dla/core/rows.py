@@ -102,12 +102,16 @@ class Keyed:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return dict(zip(reversed(self.labels), reversed(range(len(self.labels))), strict=True))
+
     def index(self, label: str) -> int:
-        """Where a row is."""
-        if label not in self.labels:
+        """Where a row is; the first of that label."""
+        if label not in self._places:
             shown = ", ".join(self.labels[:4])
             raise KeyError(f"No row {label!r}; the rows are {shown}, …, {self.labels[-1]}.")
-        return self.labels.index(label)
+        return self._places[label]
 
 
 REMAINDER = RowKey("remainder", None, "remainder")  # all rows but the heads, as one
