@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
+from tests.support.browser import CHROMIUM, Browser
 from tests.support.models import load
 from tests.zoo.build import tokens
-from tl_dla import ArgumentError, attribute_answer, attribute_completion
+from tl_dla import ArgumentError, attribute_answer, attribute_completion, load_model
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,19 @@ def test_the_table_and_the_notebook_say_what_the_model_says(found):
     html = found._repr_html_()
     assert f"rank {int(found.ranks[0, 2])}" in html and "rows add up to" in html
     assert f"{float(found.log_probs.sum()):+9.4f}" in repr(found)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome installed")
+def test_on_a_phone_no_number_of_the_page_is_broken(tmp_path):
+    found = attribute_answer(load_model("demo"), "The Eiffel Tower is in the city of", " Paris.")
+    path = found.report(tmp_path / "page.html")
+    with Browser() as browser:
+        page = browser.open(path, width=400, height=900)
+        numbers = page.evaluate(
+            "[...document.querySelectorAll('td:last-child')].map(cell => {"
+            " const text = document.createRange(); text.selectNodeContents(cell);"
+            " return text.getClientRects().length; })"
+        )
+        assert len(numbers) == len(found) + 1 and set(numbers) == {1}
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        assert page.errors == [] and page.requests == []
