@@ -98,22 +98,22 @@ class SourceSplit(HeadSplit):
         direction = readout.direction[..., chosen, :]
         moved = torch.einsum("bshd,bpthd->bpths", values.to(direction), direction)
         moved = kept.scaled(moved * pattern[:, :, None], readout)
+        rows = rearrange(moved, "batch pos token head source -> head source batch pos token")
         z = kept[self.z_tap][:, :, chosen].to(direction)
         size = kept.scaled(Readout(direction).norm_of(z), readout)
         size = torch.hypot(size, moved.norm(dim=-1))
-        parts, absolute = moved.sum(-1), moved.abs().sum(-1)
+        sizes = (x.unbind(-1) for x in (moved.sum(-1), moved.abs().sum(-1), size))
+        numbers = dict(zip(chosen, zip(rows, *sizes, strict=True), strict=True))
         first: list[RowGroup] = []
         checks = list(heads.checks)
         for head, value in enumerate(own.unbind(-1)):
             key = RowKey("head", self.layer, index=head)
-            if head not in chosen:
+            if head not in numbers:
                 first.append(RowGroup.one(key, value))
                 continue
-            i = chosen.index(head)
-            part = (value, parts[..., i], absolute[..., i], size[..., i])
-            checks.append(SplitCheck(key, "the source tokens", *part))
-            rows = rearrange(moved[..., i, :], "batch pos token source -> source batch pos token")
-            first.append(RowGroup(_sources(key, len(rows)), rows))
+            of_sources, *part = numbers[head]
+            checks.append(SplitCheck(key, "the source tokens", value, *part))
+            first.append(RowGroup(_sources(key, len(of_sources)), of_sources))
         return SplitRows(first, heads.instead, checks)
 
 
