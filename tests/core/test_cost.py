@@ -120,30 +120,3 @@ def offloaded(name, folder):
         offload_folder=str(folder),
     )
     return bridge_of(path, hf_model=inner)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
-def test_on_a_gpu_the_pass_waits_for_nothing(name):
-    model = load.__wrapped__(name).to("cuda")
-
-    def sync(mode):
-        return lambda *_: torch.cuda.set_sync_debug_mode(mode)
-
-    inner = [getattr(block, "original_component", block) for block in model.blocks]
-    handles = [
-        inner[0].register_forward_pre_hook(sync("error")),
-        inner[-1].register_forward_hook(sync("default")),
-    ]
-    try:
-        for unit in ("component", "head", "neuron"):
-            there = direct_logit_attribution(model, tokens().cuda(), ANSWERS, INCORRECT, unit=unit)
-            assert there.numbers.rows.is_cuda
-            here = direct_logit_attribution(load(name), tokens(), ANSWERS, INCORRECT, unit=unit)
-            torch.testing.assert_close(
-                there.attribution.cpu(), here.attribution, atol=1e-4, rtol=1e-4
-            )
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        for handle in handles:
-            handle.remove()

@@ -222,7 +222,8 @@ def _certified_layers(
     constant = sum((group.values[0] for group in rows.constants), torch.zeros_like(rows.total))
     found = {}
     for i, point in enumerate(pulled.points):
-        held, above, felt = pulled.held[i], pulled.above[i], pulled.felt[i].sqrt().to(constant)
+        held, above = pulled.held[i], pulled.above[i].to(constant)
+        felt = pulled.felt[i].sqrt().to(constant)
         absolute = held.abs().sum(-1) + above.abs() + constant.abs()
         sizes = Sizes(felt, felt, wanted.rounded, absolute)
         allowed = rounding(sizes, None, wanted.machine_eps, d).to(constant)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_dla.core.rounding import logits_tolerance
 from tl_dla.core.run import Run
 from tl_dla.core.taps import Tap
-from tl_dla.model.hooks import Site, upcast
+from tl_dla.model.hooks import Site, in_float64, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import output_transform
 
@@ -61,7 +61,8 @@ class OddsReader:
         valid = once.query.positions.valid.to(ranks.device)
         log_probs = torch.where(understood, log_probs, torch.nan)
         ranks, runner_up = (torch.where(valid, x, -1).long() for x in (ranks, runner_up))
-        return Odds(torch.where(valid, log_probs, torch.nan).float(), ranks, runner_up)
+        log_probs = torch.where(valid, log_probs, torch.nan).float()
+        return Odds(*(x.to(once.kept.logits.device) for x in (log_probs, ranks, runner_up)))
 
 
 def _odds(
@@ -77,5 +78,5 @@ def _odds(
         rank = (logits > own).sum(-1)
         others = logits.scatter(-1, chosen, -torch.inf).argmax(-1)
         seen = (log_prob, rank, others, own[..., 0])
-        found.append(torch.stack([x.double() for x in seen], -1))
+        found.append(torch.stack([in_float64(x) for x in seen], -1))
     return torch.cat(found, 1)

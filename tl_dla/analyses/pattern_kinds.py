@@ -109,7 +109,7 @@ def pool(
         tokens: the same as text, to tell punctuation.
         queries: which of them to judge; all by default. Which token is a column is judged by all.
     """
-    pattern = pattern.detach().double().cpu()
+    pattern = pattern.detach().cpu().double()
     sight = _in_sight(pattern)
     even = sight / sight.sum(-1, keepdim=True)
     judged = torch.ones(len(ids), dtype=torch.bool) if queries is None else queries.cpu()
@@ -138,7 +138,7 @@ def column(pattern: Float[Tensor, "query key"]) -> int | None:
     n = len(pattern)
     if n < _MANY + 2:
         return None
-    pattern = pattern.detach().double().cpu()
+    pattern = pattern.detach().cpu().double()
     sight = _in_sight(pattern).double()
     after = torch.arange(n - 1, -1, -1)  # queries after each key
     means, chance = (

@@ -173,7 +173,7 @@ class AttentionAttribution:
         query, key = view_of(self.by_query, prompt), view_of(self.by_key, prompt)
         words = replace(query.words, certificate=self.reconstruction.marked)
         heading = heading_of("Who wrote the score of", replace(query, words=words))
-        pairs = self._mean(prompt).double().numpy()
+        pairs = self._mean(prompt).cpu().double().numpy()
         return scores(query, key, pairs, heading, k, Look(title, width, height))
 
     def _repr_html_(self) -> str:

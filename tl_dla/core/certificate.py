@@ -19,6 +19,7 @@ from tl_dla.core.rounding import Sizes, rounding
 from tl_dla.core.rows import Rows
 from tl_dla.errors import ArgumentError, ReconstructionError
 from tl_dla.inputs.query import Query
+from tl_dla.model.hooks import in_float64
 
 Check = Literal["raise", "warn", "off"]
 
@@ -261,7 +262,8 @@ def certify(
             name = f"{check.parts_are} of {check.key.label}"
             parts[name] = Reconstruction(want, got, miss, f"row {check.key.label}")
         # The model rounded each of these rows when it added their parts.
-        readout_norm = torch.cat([readout_norm[None], size]).double().square().sum(0).sqrt()
+        squares = in_float64(torch.cat([readout_norm[None], size])).square()
+        readout_norm = squares.sum(0).sqrt().to(scale)
     values = rows.values[kept]
     sizes = Sizes(
         readout_norm * scale,

@@ -18,6 +18,7 @@ from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
 from tl_dla.inputs.tokens import Prompts
+from tl_dla.model.hooks import in_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +172,8 @@ class Average:
     def values(self, x: Float[Tensor, "... batch pos inner"]) -> Float[Tensor, "... 1 1 inner"]:
         """The mean of a tensor with all its axes, added up in float64."""
         valid = self.of.positions.valid.to(x.device)
-        total = torch.where(valid[..., None], x, 0).sum((-3, -2), keepdim=True, dtype=torch.float64)
-        return (total / valid.sum()).to(x.dtype)
+        total = in_float64(torch.where(valid[..., None], x, 0)).sum((-3, -2), keepdim=True)
+        return (total / valid.sum().to(total)).to(x)
 
     def shown(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
         """The mean of a tensor with the axes that a result shows."""

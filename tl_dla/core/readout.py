@@ -73,7 +73,7 @@ class Readout:
         Raises:
             ArgumentError: for a stack of other places than the readout's.
         """
-        stack = getattr(stack, "vectors", stack).to(self.direction.dtype)
+        stack = getattr(stack, "vectors", stack).to(self.direction)
         lead, own = self.direction.shape[:-1], stack.shape[1:-1]
         if len(own) < len(lead):
             if lead.numel() != 1:

@@ -17,7 +17,7 @@ from tl_dla.core.rounding import explained_by_rounding, is_multiple
 from tl_dla.core.rows import RowGroup, RowKey, ScaledKept, key_of
 from tl_dla.core.taps import Tap
 from tl_dla.errors import UnsupportedModelError
-from tl_dla.model.hooks import upcast
+from tl_dla.model.hooks import in_float64, upcast
 from tl_dla.model.norms import Norm
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import FINAL, Rescale, ResidPoint, Step, StreamNorm, Write
@@ -138,7 +138,7 @@ class StreamTaps:
                     reader, mine, number, point, after[number], rest[number], kept
                 )
             rows += mine
-        total = (size * count).double().square().sum(0).sqrt()
+        total = in_float64(size * count).square().sum(0).sqrt()
         return StreamRows(rows, _groups(shown, points), total.to(size), size[-1])
 
     def _with_rest(

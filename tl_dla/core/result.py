@@ -21,7 +21,7 @@ from tl_dla.core.saved import Savable
 from tl_dla.core.view import view_of
 from tl_dla.errors import ArgumentError
 from tl_dla.inputs.absent import name_of, require_alike
-from tl_dla.inputs.models import require_model
+from tl_dla.inputs.models import device_of, on_device, require_model
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit
 from tl_dla.model.stream import Kind
@@ -208,7 +208,7 @@ class Attribution(LabelledRows, Savable):
     # ---- kept ----------------------------------------------------------------------------------
 
     def with_model(self, model: Any) -> "Self":
-        """A result that was loaded or unpickled, with its model again.
+        """A result that was loaded or unpickled, with its model again, and on its device.
 
         Raises:
             ArgumentError: for a model of other sizes. Whether its weights are those that the result
@@ -216,7 +216,13 @@ class Attribution(LabelledRows, Savable):
         """
         model = require_model(model)
         require_alike(self.model, model)
-        return replace(self, query=replace(self.query, model=model))
+        placed = {
+            own.name: on_device(getattr(self, own.name), device_of(model))
+            for own in dataclasses.fields(self)
+            if own.name
+            not in ("keys", "query")  # many, without a tensor; and the model is no value
+        }
+        return replace(self, query=self.query.with_model(model), **placed)
 
     # ---- tables, text, pictures ----------------------------------------------------------------
 

@@ -31,6 +31,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_dla.model.hooks import in_float64
+
 SIGMAS = 6.0
 EPS32 = torch.finfo(torch.float32).eps
 _UNIFORM = 12.0**-0.5
@@ -66,7 +68,7 @@ def rounding(
         d: the length of the dot products.
     """
     # In float64, where the square of a tiny path does not underflow.
-    added, final, logits, abs_sum = (x.double() for x in vars(sizes).values())
+    added, final, logits, abs_sum = map(in_float64, vars(sizes).values())
     eps = min(machine_eps, EPS32)
     forward = (
         machine_eps * _UNIFORM * (added.square() + 2 * final.square() + logits.square()).sqrt()
@@ -74,8 +76,8 @@ def rounding(
     dots = eps * d**0.5 * final
     variance = forward.square() + dots.square()
     if weights is not None:
-        variance = variance @ weights.double().square().mT
-        abs_sum = abs_sum @ weights.double().abs().mT
+        variance = variance @ weights.to(variance).square().mT
+        abs_sum = abs_sum @ weights.to(abs_sum).abs().mT
     return SIGMAS * variance.sqrt() + eps * abs_sum
 
 
@@ -97,8 +99,9 @@ def score_sizes(
         paid: the attention to each key; 1 where a score is read before its softmax.
         dtype: that the attention is rounded to.
     """
-    relative = (torch.finfo(dtype).tiny / paid.double()).clamp(min=1.0) * (paid != 1)
-    parts = [2 * scores.double(), paid.double().log(), relative]
+    exact = in_float64(paid)
+    relative = (torch.finfo(dtype).tiny / exact).clamp(min=1.0) * (exact != 1)
+    parts = [2 * in_float64(scores), exact.log(), relative]
     return torch.cat(parts, 1).norm(dim=1).to(scores)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_dla.core.certificate import Check, Reconstruction, require_check
@@ -300,7 +299,9 @@ def failures(reconstruction: Reconstruction) -> list[str | None]:
     reasons: list[str | None] = [None] * len(reconstruction.expected)
     for name, part in [("The rows", reconstruction), *reconstruction.parts.items()]:
         numbers = part.reconstructed, part.expected, part.tolerance
-        for i, (got, want, tolerance) in enumerate(zip(*map(Tensor.tolist, numbers), strict=True)):
+        for i, (got, want, tolerance) in enumerate(
+            zip(*(x.tolist() for x in numbers), strict=True)
+        ):
             if reasons[i] is None and not abs(got - want) <= tolerance:  # NaN fails too
                 reasons[i] = (
                     f"{name} add up to {got:.6g}, but {part.against} is {want:.6g}, where rounding"

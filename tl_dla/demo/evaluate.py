@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_dla.attribution import direct_logit_attribution
 from tl_dla.demo import corpus
+from tl_dla.inputs.models import device_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _task(model: Any, prompts: list[corpus.Prompt]) -> Task:
 def _attention_to_answer(model: Any, prompts: list[corpus.Prompt]) -> Float[Tensor, "layer head"]:
     tokens, last = _tokens(model, [p.text for p in prompts])
     within = _ids(model, [p.answer for p in prompts])
-    opening = torch.tensor([model.to_single_token(p.answer) for p in prompts])
+    opening = within.new_tensor([model.to_single_token(p.answer) for p in prompts])
     is_answer = (tokens == within[:, None]) | (tokens == opening[:, None])
     pattern = _pattern(model, tokens)[:, torch.arange(len(prompts)), :, last]
     to_answer = einops.einsum(
@@ -116,7 +117,8 @@ def _induction(model: Any, rng: random.Random) -> tuple[float, float, Float[Tens
 
 def _name_prior(model: Any) -> float:
     written = model.ln_final.b @ model.W_U[:, _ids(model, corpus.NAMES)]
-    ranks = [x.argsort().argsort().float() for x in (written, torch.tensor(corpus.NAME_WEIGHTS))]
+    weights = written.new_tensor(corpus.NAME_WEIGHTS)
+    ranks = [x.argsort().argsort().float() for x in (written, weights)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
@@ -135,4 +137,5 @@ def _tokens(model: Any, texts: list[str]) -> tuple[Int[Tensor, "batch pos"], Int
 
 def _ids(model: Any, words: list[str]) -> Int[Tensor, " word"]:
     """The words as they stand within a text, after a space."""
-    return torch.tensor([model.to_single_token(f" {word}") for word in words])
+    ids = [model.to_single_token(f" {word}") for word in words]
+    return torch.tensor(ids, device=device_of(model))

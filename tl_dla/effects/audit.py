@@ -159,8 +159,8 @@ class Audit:
         flags = [[flag for flag in self.flags if flag.row == row] for row in self.rows]
         shown = effects.Effects(
             self.rows,
-            self._mean(self.direct).double().cpu().numpy(),
-            self._mean(self.total).double().cpu().numpy(),
+            self._mean(self.direct).cpu().double().numpy(),
+            self._mean(self.total).cpu().double().numpy(),
             [[flag.name for flag in own] for own in flags],
             [[flag.sentence for flag in own] for own in flags],
         )

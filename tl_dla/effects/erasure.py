@@ -128,7 +128,7 @@ class Erasures:
         from tl_dla.figures.view import require_some
 
         require_some(k)
-        ratio, logits = (_means(x).double().cpu() for x in (self.ratio, self.logits))
+        ratio, logits = (_means(x).cpu().double() for x in (self.ratio, self.logits))
         largest = logits.abs().amax(0).argsort(descending=True)[:k]
         columns = [j for j in largest.sort().values.tolist() if bool(self.later[:, j].any())]
         return effects.erased(
@@ -199,7 +199,8 @@ def erasures(
     if norm is not None and norm.centred:
         vectors = vectors - vectors.mean(-1, keepdim=True)
     rows = [shared.index(label) for label in writers]
-    order = torch.tensor(_order(ModelReader(result.model), [keys[label] for label in shared]))
+    numbers = _order(ModelReader(result.model), [keys[label] for label in shared])
+    order = torch.tensor(numbers, device=vectors.device)
     later = order > order[rows, None]
     dots = torch.stack([(vectors * vectors[i]).sum(-1) for i in rows])
     squares = vectors[rows].square().sum(-1)

@@ -18,6 +18,8 @@ Baroni et al. 2025 (https://arxiv.org/abs/2507.02559), who measure how far the f
 from it.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +34,7 @@ from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.interventions import added_up
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.selection import Selection
+from tl_dla.model.hooks import in_float64
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import is_linear, output_transform
 
@@ -109,8 +112,10 @@ class FinalLogits:
         self._require_linear_mean()
         self.parts = of_query(result.query, "component", Selection())
         self.norm = self.reader.stream().norm
-        x = self.result.positions.unsqueeze(stack.vectors.sum(0, dtype=torch.float64))
-        self.x, self.x_w = self._kept(x), self.parts.readout.contract(x)
+        x = self.result.positions.unsqueeze(in_float64(stack.vectors).sum(0))
+        readout = self.parts.readout
+        self.readout = replace(readout, direction=in_float64(readout.direction))
+        self.x, self.x_w = self._kept(x), self.readout.contract(x)
         self.constant = sum((self._bias(key) for key in (LN_FINAL_B, B_U)), 0.0)
         self.raw = self.x_w / self._scale(None)[..., None] + self.constant
         self._require_transform()
@@ -119,8 +124,8 @@ class FinalLogits:
         self, vector: Float[Tensor, "*batch_and_pos d_model"]
     ) -> Float[Tensor, "*batch_and_pos"]:
         """The logit, less that of the stream without this vector, the norm rescaling."""
-        c = self.result.positions.unsqueeze(vector.double())
-        left = (self.x_w - self.parts.readout.contract(c)) / self._scale(self._kept(c))[..., None]
+        c = self.result.positions.unsqueeze(in_float64(vector))
+        left = (self.x_w - self.readout.contract(c)) / self._scale(self._kept(c))[..., None]
         return self._change(left + self.constant)
 
     def effect_of_bias(self, label: str) -> Float[Tensor, "*batch_and_pos"]:
@@ -131,7 +136,7 @@ class FinalLogits:
     def _change(self, raw: Float[Tensor, "batch pos token"]) -> Float[Tensor, "*batch_and_pos"]:
         model = self.result.model
         change = output_transform(model, self.raw) - output_transform(model, raw)
-        return added_up(self.result, change).to(self.result.attribution.dtype)
+        return added_up(self.result, change).to(self.result.attribution)
 
     def _scale(
         self, without: Float[Tensor, "batch pos d_model"] | None
@@ -146,13 +151,13 @@ class FinalLogits:
 
     def _kept(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The part of a vector that the norm sees."""
-        x = x.double()
+        x = in_float64(x)
         centred = self.norm is not None and self.norm.centred
         return x - x.mean(-1, keepdim=True) if centred else x
 
     def _bias(self, key: RowKey) -> Float[Tensor, "batch pos token"]:
         bias = dict(self.parts.constants).get(key)
-        return torch.zeros_like(self.x_w) if bias is None else bias.double().expand_as(self.x_w)
+        return torch.zeros_like(self.x_w) if bias is None else in_float64(bias).expand_as(self.x_w)
 
     def _require_linear_mean(self) -> None:
         if self.result.targets.mean_of_vocab and not is_linear(self.result.model):
@@ -168,12 +173,13 @@ class FinalLogits:
             return
         logits = output_transform(self.result.model, self.raw)
         # What rounding in the model's dtype can do to a dot product of this size, many times over.
-        size = (self.x[..., None, :] * self.parts.readout.direction.double()).norm(dim=-1)
-        size = size / self._scale(None)[..., None] + numbers.logits.abs()
+        size = (self.x[..., None, :] * self.readout.direction).norm(dim=-1)
+        returned = numbers.logits.to(logits)
+        size = size / self._scale(None)[..., None] + returned.abs()
         size = size.amax(-1, keepdim=True)  # the mean of a centred vocabulary is itself rounding
         allowed = recomputed_tolerance(self.reader.machine_eps) * size
-        miss = (logits - numbers.logits).abs()
-        if bool((miss > allowed)[self.result.positions.valid].any()):
+        miss = (logits - returned).abs()
+        if bool((miss > allowed)[self.result.positions.valid.to(miss.device)].any()):
             raise UnsupportedModelError(
                 "The logits recomputed from the final residual stream miss those that"
                 f" {self.reader.architecture} returned by {float(miss.max()):.3g}: its weights were"

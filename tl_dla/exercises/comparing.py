@@ -100,7 +100,7 @@ def two_numbers(given: object, wanted: str) -> tuple[int, int]:
 def _tensor(given: object, axes: str, right: Tensor) -> Tensor:
     if not isinstance(given, Tensor):
         raise Mistake(f"a tensor [{axes}] is wanted, and you returned a {type(given).__name__}.")
-    given = given.detach().double().cpu()
+    given = given.detach().cpu().double()
     if not given.isfinite().all():
         raise Mistake("there are NaN or infinite entries in what you returned.")
     return given

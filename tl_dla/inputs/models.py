@@ -1,9 +1,11 @@
 """The model at hand: what may be passed as one, and what a run needs of it."""
 
 import os
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_dla.errors import ArgumentError
 from tl_dla.model.hooks import is_bridge
@@ -95,3 +97,18 @@ def device_of(model: Any) -> torch.device:
     """Where tokens go: the device of the first weight, also where `accelerate` offloads that."""
     device = next(iter(model.parameters())).device
     return device if device.type != "meta" else offloaded_to(model) or torch.device("cpu")
+
+
+def on_device(x: Any, device: torch.device) -> Any:
+    """The same value with every tensor in it on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {key: on_device(one, device) for key, one in x.items()}
+    if isinstance(x, tuple | list):
+        moved = [on_device(one, device) for one in x]
+        return type(x)(*moved) if hasattr(x, "_fields") else type(x)(moved)
+    if is_dataclass(x) and not isinstance(x, type):
+        kept = (own.name for own in fields(x) if own.init)
+        return replace(x, **{name: on_device(getattr(x, name), device) for name in kept})
+    return x

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_dla.inputs.absent import without_weights
 from tl_dla.inputs.caches import read_cache, read_cached_prompts
-from tl_dla.inputs.models import require_eval
+from tl_dla.inputs.models import device_of, on_device, require_eval
 from tl_dla.inputs.positions import Positions, read_positions
 from tl_dla.inputs.targets import Answers, Targets, read_targets
 from tl_dla.inputs.tokens import Input, Prompts, read_prompts, texts_of
@@ -37,6 +37,13 @@ class Query:
     def without_model(self) -> "Query":
         """The same with what tables and figures need of the model in its place."""
         return replace(self, model=without_weights(self.model, self.prompts, self.targets.ids))
+
+    def with_model(self, model: Any) -> "Query":
+        """The same of this model, on its device."""
+        prompts, positions = (
+            on_device(x, device_of(model)) for x in (self.prompts, self.positions)
+        )
+        return replace(self, model=model, prompts=prompts, positions=positions)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled without the model's weights."""

@@ -29,11 +29,14 @@ from tl_dla.model.sharded import (
 )
 
 _ROWS_AT_ONCE = 1024  # of a quantised weight
-_BLOCK = 2**18  # numbers of a weight, widened at once: 1 MiB, which stays in a core's cache
+# Numbers of a weight that are widened at once: 1 MiB, which stays in a core's cache; elsewhere each
+# step has a price of its own.
+_BLOCK, _BLOCK_ELSEWHERE = 2**18, 2**25
 # Where processes share a model out: what leads out of a sublayer, and which hooks show a part.
 _WAYS_OUT = ("o", "out", "dense_out")
 _BY_HEAD = ("hook_pattern", "hook_attn_scores")
 _VALUES = ("hook_v", "v.hook_out", "v_norm.hook_out")
+_WITHOUT_FLOAT64 = ("mps",)
 _FEW = 8  # directions, for which reading a weight is most of the work
 
 
@@ -186,6 +189,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """The tensor in float64; on the CPU where its device has none, as Apple's has not."""
+    return (x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x).double()
+
+
 def is_bridge(model: Any) -> bool:
     """Whether the model is a `TransformerBridge` (it wraps another) or a `HookedTransformer`."""
     return hasattr(model, "original_model")
@@ -279,16 +287,16 @@ def product(
         return (directions @ weight.mT).reshape(*lead, n_places)
     wrote = directions.new_zeros(len(directions), n_places)
     if by_rows or len(directions) > _FEW:
-        for part in _blocks(n_places, d):
+        for part in _blocks(weight, n_places, d):
             wrote[:, part] = directions @ weight[part].to(directions).mT
     else:
-        for part in _blocks(d, n_places):
+        for part in _blocks(weight, d, n_places):
             wrote.addmm_(directions[:, part], weight[:, part].mT.to(directions))
     return wrote.reshape(*lead, n_places)
 
 
-def _blocks(n: int, width: int) -> list[slice]:
-    step = max(1, _BLOCK // width)
+def _blocks(weight: Tensor, n: int, width: int) -> list[slice]:
+    step = max(1, (_BLOCK if weight.device.type == "cpu" else _BLOCK_ELSEWHERE) // width)
     return [slice(start, start + step) for start in range(0, n, step)]
 
 

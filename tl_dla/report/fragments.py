@@ -65,7 +65,7 @@ class Logit:
 
 def logit(result: Attribution) -> Logit:
     """The model's own logit, or what a path's rows add up to."""
-    own = result.logit[~result.logit.isnan()].double()
+    own = result.logit[~result.logit.isnan()].cpu().double()
     weights = result.targets.weights
     what = "logit" if weights is None or weights.shape[1] == 1 else "logit difference"
     if not result.include_bias:

@@ -244,4 +244,6 @@ class _Passed:
     def _by_prompt(
         self, value: Float[Tensor, "chosen target"], prompt: Int[Tensor, " chosen"]
     ) -> Float[Tensor, "batch target"]:
-        return value.new_zeros(self.batch, value.shape[-1]).index_add_(0, prompt, value)
+        return value.new_zeros(self.batch, value.shape[-1]).index_add_(
+            0, prompt.to(value.device), value
+        )

@@ -24,7 +24,7 @@ from tl_dla.core.rows import RowKey
 from tl_dla.core.run import Within
 from tl_dla.core.taps import Kept, Tap
 from tl_dla.inputs.query import Query
-from tl_dla.model.hooks import upcast
+from tl_dla.model.hooks import in_float64, upcast
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.stream import Rescale, ResidPoint, StreamNorm, Write
 
@@ -158,7 +158,7 @@ class Network:
             visit: is shown each write's activation and the direction there.
         """
         xs = self._streams(kept, direction.shape[1])
-        met = Met(direction.new_zeros(len(direction), direction.shape[2]).double())
+        met = Met(in_float64(direction.new_zeros(len(direction), direction.shape[2])))
         met.rounded(xs[-1], direction)
         found = Pulled([], [], [], [], met.biases, {})
         late: dict[int, Tensor] = {}  # directions that join further down, where a sublayer reads

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.rows import RowKey
+from tl_dla.model.hooks import in_float64
 from tl_dla.model.norms import Norm
 
 Rule = Literal["gate", "half"]
@@ -69,14 +70,14 @@ class Met:
     @property
     def above(self) -> Float[Tensor, "batch target"]:
         """What all constants so far write."""
-        return sum(self.biases.values(), torch.zeros_like(self.felt))
+        return sum(map(in_float64, self.biases.values()), torch.zeros_like(self.felt))
 
 
 def felt(
     x: Float[Tensor, "*place d"], direction: Float[Tensor, "*place target d"]
 ) -> Float[Tensor, "*place target"]:
     """‖x ⊙ direction‖², in float64, where the square of what is small does not underflow."""
-    return torch.linalg.vector_norm(x[..., None, :] * direction, dim=-1).double().square()
+    return in_float64(torch.linalg.vector_norm(x[..., None, :] * direction, dim=-1)).square()
 
 
 def through_norm(
@@ -100,6 +101,6 @@ def through_norm_before(
     y = norm.forward(x, scale)
     # The norm rounds what it is given, what it divides and what it returns; its scale, all at once.
     met.rounded(y, direction, times=3)
-    met.felt = met.felt + (y[:, :, None] * direction).sum(-1).double().square().sum(1)
+    met.felt = met.felt + in_float64((y[:, :, None] * direction).sum(-1)).square().sum(1)
     met.constant(layer, f"{norm.name.rpartition('.')[2]}.b", norm.beta, direction)
     return through_norm(norm, scale, direction)
