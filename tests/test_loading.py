@@ -99,7 +99,8 @@ def gguf_file(tmp_path: Path) -> Path:
 
 def assert_same_model(model: torch.nn.Module) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS), tiny_model()(TOKENS).logits, rtol=0, atol=1e-5)
+        logits = model(TOKENS.to(model.cfg.device)).cpu()
+        torch.testing.assert_close(logits, tiny_model()(TOKENS).logits, rtol=0, atol=1e-5)
     assert model.to_string(model.to_tokens("cat dog", prepend_bos=False)[0]) == "cat dog"
     assert model.tokenizer.bos_token == "<s>" and model.tokenizer.eos_token == "</s>"
 

@@ -31,7 +31,7 @@ def plain():
 @cache
 def prompts():
     """Ten that the model was not trained on, each with tokens, and where both names stand."""
-    model, rng = load_model("demo"), random.Random(5)
+    model, rng = load_model("demo", device="cpu"), random.Random(5)
     found = []
     while len(found) < 10:
         draw = corpus.indirect_object(rng)
@@ -48,7 +48,9 @@ def prompts():
 @cache
 def explained(i):
     text, _, answer, wrong = prompts()[i]
-    return attribute_attention(load_model("demo"), text, f"L{LAYER}H0", key=answer, versus=wrong)
+    return attribute_attention(
+        load_model("demo", device="cpu"), text, f"L{LAYER}H0", key=answer, versus=wrong
+    )
 
 
 def log_ratio(i, *hooks):

@@ -20,7 +20,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_model("demo")
+    return load_model("demo", device="cpu")
 
 
 @pytest.fixture(scope="module")

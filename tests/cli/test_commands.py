@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import get_args
 
 import pandas as pd
@@ -64,7 +65,7 @@ def test_json_says_what_was_asked_and_with_what(run, folder):
     assert (record["answer"]["id"], record["answer"]["token"]) == (8, "w8")
     assert record["incorrect"] == []
     assert record["prediction"] is None
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     assert set(record["versions"]) == {
         *("tl-dla", "transformer-lens", "transformers", "torch", "python")
     }

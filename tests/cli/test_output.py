@@ -93,7 +93,7 @@ def test_what_no_known_part_wrote_is_said_in_a_line(folder, tmp_path, capsys, mo
 
     def with_a_writer_of_its_own(model, *args, **options):
         def write(module, given, output):
-            return output + 0.5 * torch.arange(output.shape[-1]).cos()
+            return output + 0.5 * torch.arange(output.shape[-1]).cos().to(output)
 
         model.blocks[1].register_forward_hook(
             lambda module, given, out: (

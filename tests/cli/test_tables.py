@@ -107,7 +107,7 @@ def test_a_completion_is_attributed_token_by_token_and_summed(run, folder):
     assert record["logit"] == float(answer.logit)
     assert [step["tokens"] for step in record["steps"]] == [["w8", "w9", "w4"], ["w60", "w7"]]
     sums = [torch.tensor(step["attribution"]).sum(1) for step in record["steps"]]
-    assert torch.allclose(sums[0] - sums[1], answer.attribution[:, 0], atol=1e-5)
+    assert torch.allclose(sums[0] - sums[1], answer.attribution[:, 0].cpu(), atol=1e-5)
     # The probabilities are those of the model on the prompt with the answer, from transformers.
     with torch.no_grad():
         own = build("gpt2")[0](torch.tensor([[1, 5, 60, 7, 42, 8, 8, 9]])).logits[0].softmax(-1)

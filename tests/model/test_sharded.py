@@ -34,7 +34,7 @@ def found(tmp_path_factory):
     command += ["--nproc_per_node", "2", "-m", "tests.support.sharded_worker"]
     done = subprocess.run(
         [*command, *map(str, folders)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import markupsafe
@@ -136,12 +137,10 @@ def test_a_failed_certificate_is_seen_everywhere(tmp_path):
 
 
 def test_versions_and_command_are_named(tmp_path):
-    import torch as installed
-
     command = "tl-dla report 'a <b>' --out page.html"
     body = body_of(written(attribute(), tmp_path, command=command))
     assert f"<pre>{html_of(command)}</pre>" in body
-    assert f'<th scope="row">torch</th><td>{installed.__version__}</td>' in body
+    assert f'<th scope="row">torch</th><td>{version("torch")}</td>' in body
     assert ">transformer-lens</th>" in body and ">Python</th>" in body
     assert "result.report(" in body_of(written(attribute(), tmp_path))
 

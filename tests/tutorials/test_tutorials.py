@@ -23,12 +23,12 @@ EXERCISES_NOTEBOOK = "exercises/exercises.ipynb"
 PICTURE, FIGURE = "image/png", "application/vnd.plotly.v1+json"
 # Where each leaves the demo model for a real one, as its cell begins; None: it runs as a whole.
 REAL_FROM = {
-    "1_which_parts_wrote_this_logit.ipynb": 'smollm2 = load_model("smollm2")',
+    "1_which_parts_wrote_this_logit.ipynb": 'smollm2 = load_model("smollm2"',
     "2_finding_the_ioi_circuit.ipynb": "def study(model, prompts):",
-    "3_folded_or_not.ipynb": 'smollm2 = load_model("smollm2")',
-    "4_what_attribution_does_not_tell.ipynb": 'real = attribute(load_model("smollm2"))',
+    "3_folded_or_not.ipynb": 'smollm2 = load_model("smollm2"',
+    "4_what_attribution_does_not_tell.ipynb": 'real = attribute(load_model("smollm2"',
     "5_logit_prisms.ipynb": None,
-    "6_back_to_the_words.ipynb": 'smollm2 = load_model("smollm2")',
+    "6_back_to_the_words.ipynb": 'smollm2 = load_model("smollm2"',
     "7_why_a_head_looks_there.ipynb": None,
     "8_what_changed.ipynb": None,
     "9_a_completion_read_token_by_token.ipynb": None,
@@ -116,7 +116,7 @@ def require_weights(notebook: nbformat.NotebookNode) -> None:
     own = [cell for cell in cells if "except ModelNotFoundError" in cell and "Exit" not in cell]
     source = "\n".join(cell for cell in cells if cell not in own)
     for name in PACKAGES:
-        if f'load_model("{name}")' in source:
+        if f'load_model("{name}"' in source:
             installed_parts(name, PACKAGES[name])
 
 
