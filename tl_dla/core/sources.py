@@ -67,7 +67,7 @@ class SourceSplit(HeadSplit):
     def values_of(self, kept: ScaledKept) -> Float[Tensor, "batch source head d_head"]:
         """Each head's values, at every token; heads of a group share theirs."""
         v, n_heads = kept[self.values_tap], self.part.W_O.shape[0]
-        return v[:, :, [head * v.shape[2] // n_heads for head in range(n_heads)]]
+        return v if v.shape[2] == n_heads else v.repeat_interleave(n_heads // v.shape[2], 2)
 
     def pattern(self, kept: ScaledKept) -> Float[Tensor, "batch pos head source"]:
         """Attention paid to each token, up to the last one that an attributed position can see."""
@@ -93,13 +93,14 @@ class SourceSplit(HeadSplit):
         """The source tokens in place of each chosen head, and the certificate of each."""
         heads, own = super().split(kept, whole), self.values(kept)
         readout, chosen = self.readout(kept), self.chosen
-        pattern = self.pattern(kept)[:, :, chosen]
-        values = self.values_of(kept)[:, : pattern.shape[-1], chosen]
-        direction = readout.direction[..., chosen, :]
+        at = slice(None) if len(chosen) == self.part.W_O.shape[0] else chosen
+        pattern = self.pattern(kept)[:, :, at]
+        values = self.values_of(kept)[:, : pattern.shape[-1], at]
+        direction = readout.direction[..., at, :]
         moved = torch.einsum("bshd,bpthd->bpths", values.to(direction), direction)
         moved = kept.scaled(moved * pattern[:, :, None], readout)
         rows = rearrange(moved, "batch pos token head source -> head source batch pos token")
-        z = kept[self.z_tap][:, :, chosen].to(direction)
+        z = kept[self.z_tap][:, :, at].to(direction)
         size = kept.scaled(Readout(direction).norm_of(z), readout)
         size = torch.hypot(size, moved.norm(dim=-1))
         sizes = (x.unbind(-1) for x in (moved.sum(-1), moved.abs().sum(-1), size))
