@@ -12,6 +12,7 @@ from transformers.utils import logging
 MODELS = ("gpt2-size", "smollm2")
 LLAMA = "llama-1b"  # 1.2 billion random parameters in bfloat16, as published: not folded
 LARGER = "llama-2b"  # 2 billion, for several processes to share out
+LARGEST = "llama-8b"  # 8 billion, for a GPU
 
 logging.disable_progress_bar()
 
@@ -40,8 +41,24 @@ def larger() -> Path:
     return _saved(LARGER, _llama(28), torch.bfloat16)
 
 
-def _llama(n_layers: int) -> Any:
-    config = transformers.LlamaConfig(
+def largest(device: str) -> Any:
+    """The largest llama, whose weights are made where they stay; its files are a small one's."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    wide = dict(hidden_size=4096, intermediate_size=14336, tie_word_embeddings=False)
+    small = dict(hidden_size=64, intermediate_size=64, vocab_size=256)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            _llama(32, **wide), dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    folder = _saved(f"{LARGEST}-small", _llama(1, **small), torch.bfloat16)
+    options = dict(device=device, dtype=torch.bfloat16, hf_model=model)
+    return TransformerBridge.boot_transformers(str(folder), **options).eval()
+
+
+def _llama(n_layers: int, **sizes: Any) -> Any:
+    own = dict(
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -50,6 +67,7 @@ def _llama(n_layers: int) -> Any:
         num_key_value_heads=8,
         tie_word_embeddings=True,
     )
+    config = transformers.LlamaConfig(**own | sizes)
     config.architectures = ["LlamaForCausalLM"]
     return config
 

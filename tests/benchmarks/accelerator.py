@@ -1,0 +1,103 @@
+"""What a call takes on a GPU, in milliseconds and over a plain forward pass there.
+
+    python -m tests.benchmarks.accelerator                      two minutes
+    python -m tests.benchmarks.accelerator --model llama-8b
+
+Two models with random weights: GPT-2 small's size in float32, folded, beside TransformerLens's own
+tool, and a Llama of 8 billion parameters in bfloat16. Each time is a median of runs that alternate,
+until the device is done; memory is the peak above what is held before the call.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.models import LARGEST, boot, largest
+from tests.benchmarks.timing import inputs, medians, ours, theirs
+from tl_dla import attribute_inputs
+
+SIZES = {"gpt2-size": ((1, 15), (4, 256), (32, 512)), LARGEST: ((1, 128), (8, 512))}
+UNITS = "component", "layer", "head", "source", "neuron"
+
+
+def calls(model: Any, data: dict[str, Any], folded: bool) -> dict[str, Callable[[], Any]]:
+    """Each call of the same prompts."""
+    found = {unit: partial(ours, model, data, unit, -1) for unit in UNITS}
+    found["head, against the mean"] = partial(ours, model, data, "head", -1, baseline="mean")
+    found["head, all positions"] = partial(ours, model, data, "head", None)
+    if folded:
+        found["TransformerLens: head"] = partial(theirs, model, data, "head", -1)
+        found["TransformerLens: head, all positions"] = partial(theirs, model, data, "head", None)
+    answers = data["answer"], data["incorrect"]
+    found["attribute_inputs"] = partial(attribute_inputs, model, data["tokens"], *answers)
+    return found
+
+
+def from_cache(model: Any, data: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """By head, from activations that are at hand."""
+    _, cache = model.run_with_cache(data["tokens"])
+    return {
+        f"head, {name}, from a cache": partial(ours, model, data, "head", pos, cache)
+        for name, pos in (("last", -1), ("all positions", None))
+    }
+
+
+def waited(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call, and the end of what it asked of the device."""
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def peak(call: Callable[[], Any]) -> float:
+    """The peak of a call above what is held before it, in MB."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    waited(call)()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+@torch.no_grad()
+def measured(model: Any, name: str, size: tuple[int, int], runs: int) -> Table:
+    """The table of one model and size."""
+    data = {key: x.to("cuda") for key, x in inputs(model, *size).items()}
+    timed = {"forward": partial(model, data["tokens"]), **calls(model, data, name != LARGEST)}
+    memory = {what: peak(call) for what, call in timed.items()}
+    times = medians(runs, **{what: waited(call) for what, call in timed.items()})
+    cached = from_cache(model, data)
+    memory |= {what: peak(call) for what, call in cached.items()}
+    times |= medians(runs, **{what: waited(call) for what, call in cached.items()})
+    table = Table(f"{name}, {size[0]} × {size[1]}", "ms", "over a forward pass", "peak MB")
+    for what, took in times.items():
+        ratio = took / times["forward"]
+        table.add_row(what, f"{1000 * took:.1f}", f"{ratio:.2f}", f"{memory[what]:.0f}")
+    return table
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SIZES, help="both by default")
+    parser.add_argument("--runs", type=int, default=7)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no GPU here: python -m tests.benchmarks measures on the CPU.")
+    console = Console(width=100)
+    console.print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
+    for name in [args.model] if args.model else SIZES:
+        model = largest("cuda") if name == LARGEST else boot(name).to("cuda")
+        for size in SIZES[name]:
+            console.print(measured(model, name, size, args.runs))
+        del model
+
+
+if __name__ == "__main__":
+    main()
