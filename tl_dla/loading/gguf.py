@@ -126,9 +126,22 @@ def _float32_size(file: Path) -> int:
         ) from error
 
 
+def _special_tokens(file: Path) -> dict[str, int]:
+    """The tokens that begin and end a text, where the file says which."""
+    from gguf import GGUFReader
+
+    fields, found = GGUFReader(file).fields, {}
+    for name in ("bos", "eos"):
+        if field := fields.get(f"tokenizer.ggml.{name}_token_id"):
+            found[f"{name}_token"] = int(field.parts[field.data[0]][0])
+    return found
+
+
 def _convert(file: Path, folder: Path) -> None:
     gguf: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **gguf)
+    for name, token in _special_tokens(file).items():  # some releases of transformers guess them
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
     if hasattr(transformers, "GgufConfig"):  # newer releases can keep the weights packed
         gguf["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
