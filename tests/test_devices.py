@@ -1,4 +1,7 @@
-"""Every call gives on another device what it gives on the CPU; also on one without float64."""
+"""Every call gives on another device what it gives on the CPU.
+
+Also on one without float64, and of a model that lies partly there and partly here.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
-from tests.support.elsewhere import WAITS, elsewhere, without_float64
-from tests.support.models import load
+from tests.support.elsewhere import WAITS, elsewhere, spread, without_float64
+from tests.support.models import load, words
 from tests.support.pictures import ANSWERS as NAMES
 from tests.support.pictures import CAPITALS, FACT, PROMPT, PROMPTS
 from tests.support.pictures import INCORRECT as OTHERS
-from tests.zoo.build import ANSWERS, INCORRECT, tokens
+from tests.zoo.build import ANSWERS, INCORRECT, hf_reference, tokens
 from tests.zoo.configs import BOOT_FAILS, CLASSES, NATIVE, RUN_FAILS
 from tl_dla import (
     ablate,
@@ -48,9 +52,11 @@ from tl_dla import (
     top_heads_with_patterns,
     unembedding_pca,
 )
+from tl_dla.demo import FOLDER
 from tl_dla.errors import UnsupportedModelError
 
 UNITS = ("component", "layer", "head", "source", "neuron")
+EFFECTS = ("component", "head", "neuron")
 
 
 def attributed(model: Any, unit: str = "head", **options: Any) -> Any:
@@ -171,15 +177,49 @@ def both(call: Callable[[Any, Any], Any], here: Any, there: Any, tmp_path: Any) 
 
 
 @pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load_model("demo", device="cpu"), load_model("demo", device="cpu").to(elsewhere())
+def demo() -> dict[str, Any]:
+    own = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="eager")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    there = load_model("demo", device="cpu").to(elsewhere())
+    return {
+        "here": load_model("demo", device="cpu"),
+        "there": there,
+        "there, without float64": there,
+        "in both": load_model(spread(own.eval(), first=False), tokenizer),
+    }
 
 
-@pytest.mark.parametrize("float64", [True, False], ids=["float64", "no float64"])
+@pytest.mark.parametrize("where", ["there", "there, without float64", "in both"])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_call_gives_what_it_gives_on_the_cpu(name, float64, demo, tmp_path):
-    with contextlib.nullcontext() if float64 else without_float64():
-        both(CALLS[name], *demo, tmp_path)
+def test_every_call_gives_what_it_gives_on_the_cpu(name, where, demo, tmp_path):
+    with without_float64() if "without" in where else contextlib.nullcontext():
+        both(CALLS[name], demo["here"], demo[where], tmp_path)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first there", "first here"])
+@pytest.mark.parametrize("name", ["gemma2", "llama", "mixtral"])
+def test_a_model_that_lies_in_both_gives_what_it_gives_in_one(name, first):
+    here, both = load(name), load_model(spread(hf_reference(name), first=first), words())
+    for unit in UNITS:
+        for incorrect in INCORRECT, "mean":
+            options = dict(unit=unit, pos=None)
+            found, wanted = (
+                direct_logit_attribution(model, tokens(), ANSWERS, incorrect, **options)
+                for model in (both, here)
+            )
+            close(found.attribution, wanted.attribution)
+    found, wanted = (
+        attribute_inputs(model, tokens(), ANSWERS, INCORRECT) for model in (both, here)
+    )
+    close(found.attribution, wanted.attribution)
+    for unit in EFFECTS if name != "mixtral" else EFFECTS[:2]:
+        for lines in ("frozen", "tangent"):
+            effects = [x.effects(unit, lines=lines).attribution for x in (found, wanted)]
+            close(*effects)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

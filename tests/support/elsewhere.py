@@ -115,6 +115,40 @@ def _made(op: Any, *args: Any, **kwargs: Any) -> Any:
     return _run(op, args, kwargs)
 
 
+def spread(model: torch.nn.Module, *, first: bool) -> torch.nn.Module:
+    """A model of `transformers`: its first block lies elsewhere, or everything but that one.
+
+    As accelerate spreads one over devices: what a part is given is brought to it.
+    """
+    path, blocks = next(
+        (f"{outer}.{inner}", child)
+        for outer, part in model.named_children()
+        for inner, child in part.named_children()
+        if isinstance(child, torch.nn.ModuleList)
+    )
+    start = [
+        child
+        for name, child in model.get_submodule(path.rpartition(".")[0]).named_children()
+        if child is not blocks and ("embed" in name or name.startswith("w") or "rotary" in name)
+    ]
+    here, there = torch.device("cpu"), elsewhere()
+    model.to(here if first else there)
+    for part in [*start, blocks[0]]:
+        part.to(there if first else here)
+    for part in model.modules():
+        if (weight := next(part.parameters(recurse=False), None)) is not None or part in blocks:
+            device = weight.device if weight is not None else next(part.parameters()).device
+            part.register_forward_pre_hook(functools.partial(_brought, device), with_kwargs=True)
+    return model
+
+
+def _brought(device: torch.device, _part: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def bring(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    return tree_map(bring, args), tree_map(bring, kwargs)
+
+
 @contextlib.contextmanager
 def without_float64() -> Iterator[None]:
     """As where a device has no float64."""

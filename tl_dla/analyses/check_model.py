@@ -152,7 +152,8 @@ def check_model(
     tolerance = vector_tolerance(reader.machine_eps, dtype)
 
     def identity(layer: int | None, name: str, got: Tensor, want: Tensor) -> Identity:
-        miss, want = (got.to(dtype) - want.to(dtype))[real], want[real].to(dtype)
+        got, want = (x.to(real.device, dtype)[real] for x in (got, want))
+        miss = got - want
         relative = miss.norm(dim=-1) / want.norm(dim=-1).clamp(min=torch.finfo(dtype).tiny)
         return Identity(layer, name, float(miss.abs().max()), float(relative.max()), tolerance)
 
@@ -166,14 +167,14 @@ def check_model(
                 added = known.scaled(readout.of_bias(step.norm.beta), readout)
             else:
                 continue
-            total = total + added
+            total = total + added.to(total)
             if isinstance(split := block.splits.get(step), HeadSplit):
                 check = split.split(known, added).checks[0]
                 name = f"{split.key.label} = heads + output bias"
                 found.append(identity(split.layer, name, check.parts, check.value))
         point = block.end
         assert isinstance(point, ResidPoint)
-        seen = kept[block.stream.value[point]]
+        seen = kept[block.stream.value[point]].to(total)
         if block is not blocks[0]:
             name = f"{point.label} = stream before it + writes"
             found.append(identity(point.layer - 1, name, total, seen))

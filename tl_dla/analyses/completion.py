@@ -243,7 +243,8 @@ class _About:
         if against == "runner-up":
             reads = OddsReader(model, ids)
             once = run(query, "component", taps=reads.taps)
-            ids = torch.cat([ids, reads.odds(once).runner_up.clamp(min=0)[..., None]], -1)
+            likeliest = reads.odds(once).runner_up.clamp(min=0).to(ids)
+            ids = torch.cat([ids, likeliest[..., None]], -1)
         query = Query(model, prompts, positions, _targets(ids, against))
         reads = OddsReader(model, ids[..., :1])
         once = run(query, self.unit, self.selection, taps=reads.taps)

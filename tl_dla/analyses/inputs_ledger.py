@@ -175,7 +175,7 @@ def ledger(once: Run, network: Network, of: type[Ledger], *, progress: bool = Fa
     ]
     starts = [_token_rows(name, held) for name, held in pulled.start.items()]
     # Forwards again: the pull met the last constant first.
-    biases = [RowGroup.one(key, value) for key, value in reversed(pulled.biases.items())]
+    biases = [RowGroup.one(key, x.to(ratio)) for key, x in reversed(pulled.biases.items())]
     logits = added(base.numbers.logits.to(ratio))
     ones, felt = torch.ones_like(logits), pulled.felt[-1].sqrt().to(logits)
     rows = Rows([*starts, *biases], ends, logits, ones, felt, felt)

@@ -118,11 +118,9 @@ def attribute_path(
             weights = torch.kron(torch.eye(shape[1]), weights.cpu()).to(weights)
         rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
         rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
-        ratio, size = rows.ratio, end.size.reshape(shape)
-        eps = reader.map_eps
-        wanted = Wanted(
-            end.moved.reshape(shape) * ratio, size * ratio, f"row {hops[-1].label}", eps
-        )
+        ratio, eps = rows.ratio, reader.map_eps
+        moved, size = (x.reshape(shape).to(ratio) * ratio for x in (end.moved, end.size))
+        wanted = Wanted(moved, size, f"row {hops[-1].label}", eps)
         numbers = replace(result.numbers, rows=rows.values)
         about = (unit, selection, parts.readout.direction.shape[-1])
         path = type(result).of(rows, wanted, numbers, result.query, about, hops)

@@ -193,7 +193,7 @@ class _PulledEffects:
                 padded = [pad(x, (0, last - x.shape[-1])) for x in self.found[step]]
                 values.append(torch.cat(padded, 2).unflatten(2, tuple(shape)))
                 keys += _keys(self.unit, step, len(values[-1]))
-        return keys, torch.cat(values)
+        return keys, torch.cat([x.to(values[0]) for x in values])
 
 
 def _keys(unit: EffectUnit, step: Write, n: int) -> list[RowKey]:
@@ -242,7 +242,7 @@ def _tangent(
     keys = [key for step, _, n in places for key in _keys(unit, step, n)]
     shape = tuple(logits.shape[1:])
     values = [
-        rearrange(torch.stack(x), "target batch source row -> row batch target source")
+        rearrange(torch.stack(x).to(logits.device), "t batch source row -> row batch t source")
         for x in rows
     ]
     return keys, torch.cat(values).unflatten(2, shape)

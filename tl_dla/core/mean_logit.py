@@ -47,6 +47,7 @@ def capped_mean(reader: ModelReader, read: Callable[[Sequence[Tap]], Kept]) -> M
         if stream.project_out is not None:
             y = y @ stream.project_out.to(y).mT
         unembed = Unembedding(reader.model, stream, _CHUNK)
+        y = y.to(unembed.W_U.device)
         direction, bias = torch.zeros_like(y), torch.zeros_like(y[..., 0])
         for chunk in unembed.chunks():
             ratio = chunk.ratio(y)

@@ -116,7 +116,7 @@ class ExpertSplit(RowSplit):
         chosen: Int[Tensor, "batch pos k"],
         weight: Float[Tensor, "batch pos k"],
     ) -> Float[Tensor, "batch pos token expert"]:
-        direction = self.output.direction
+        direction = self.output.direction.to(x.device)
         direction = direction.expand(*chosen.shape[:2], *direction.shape[2:])
         values = direction.new_zeros(*direction.shape[:3], self.part.n_experts)
         for expert in chosen.unique().tolist():

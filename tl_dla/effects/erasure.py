@@ -206,7 +206,7 @@ def erasures(
     squares = vectors[rows].square().sum(-1)
     ratio = dots / squares[:, None]
     ratio = torch.where(later.view(*later.shape, *[1] * (ratio.ndim - 2)), ratio, 0.0)
-    ratio = torch.where(result.attribution[0].isnan(), torch.nan, ratio)
+    ratio = torch.where(result.attribution[0].isnan().to(ratio.device), torch.nan, ratio)
     direct = torch.stack([result[label] for label in shared])
     return Erasures(list(writers), shared, ratio, later, direct, squares.sqrt())
 

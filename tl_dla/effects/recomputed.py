@@ -114,7 +114,7 @@ class FinalLogits:
         self.norm = self.reader.stream().norm
         x = self.result.positions.unsqueeze(in_float64(stack.vectors).sum(0))
         readout = self.parts.readout
-        self.readout = replace(readout, direction=in_float64(readout.direction))
+        self.readout = replace(readout, direction=in_float64(readout.direction).to(x))
         self.x, self.x_w = self._kept(x), self.readout.contract(x)
         self.constant = sum((self._bias(key) for key in (LN_FINAL_B, B_U)), 0.0)
         self.raw = self.x_w / self._scale(None)[..., None] + self.constant
@@ -157,7 +157,11 @@ class FinalLogits:
 
     def _bias(self, key: RowKey) -> Float[Tensor, "batch pos token"]:
         bias = dict(self.parts.constants).get(key)
-        return torch.zeros_like(self.x_w) if bias is None else in_float64(bias).expand_as(self.x_w)
+        return (
+            torch.zeros_like(self.x_w)
+            if bias is None
+            else in_float64(bias).to(self.x_w).expand_as(self.x_w)
+        )
 
     def _require_linear_mean(self) -> None:
         if self.result.targets.mean_of_vocab and not is_linear(self.result.model):

@@ -26,11 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_dla.core.decomposition import B_U, LN_FINAL_B
+from tl_dla.core.numbers import Numbers
 from tl_dla.core.ranking import ranked
 from tl_dla.core.result import Attribution
 from tl_dla.core.rows import RowKey
 from tl_dla.effects.interventions import Group, ablate, added_up, name_groups
 from tl_dla.effects.substitutes import Ablation, At
+from tl_dla.inputs.models import on_device
 from tl_dla.model.stream import Kind
 
 if TYPE_CHECKING:
@@ -196,8 +198,9 @@ def repair_of(
     ablated: Attribution,
 ) -> SelfRepair:
     """The parts, from the clean run and the ablated one."""
-    before, after = _stream_rows(result), _stream_rows(ablated)
-    clean, other = result.numbers, ablated.numbers
+    clean, other = (on_device(x.numbers, result.numbers.ratio.device) for x in (result, ablated))
+    before = _stream_rows(result.keys, clean)
+    after = _stream_rows(ablated.keys, other)
     # The ablated run's rows, read at the clean run's final scale.
     rescale = (other.scale / clean.scale)[..., None]
     zero = torch.zeros_like(clean.ratio)
@@ -213,16 +216,18 @@ def repair_of(
     return SelfRepair(
         name=name,
         direct=-sum((change[label] for label in ablated_rows), torch.zeros_like(result.logit)),
-        total=added_up(result, clean.logits - other.logits.to(zero)),
+        total=added_up(result, clean.logits - other.logits),
         change=torch.stack([change[key.label] for key in others]),
         labels=[key.label for key in others],
         kinds=[key.kind for key in others],
         norm=added_up(result, norm * clean.ratio),
-        softcap=added_up(result, other.logits.to(zero) - other.raw.to(zero) * clean.ratio),
+        softcap=added_up(result, other.logits - other.raw * clean.ratio),
     )
 
 
-def _stream_rows(result: Attribution) -> dict[RowKey, Float[Tensor, "batch pos token"]]:
+def _stream_rows(
+    keys: Sequence[RowKey], numbers: Numbers
+) -> dict[RowKey, Float[Tensor, "batch pos token"]]:
     """The rows in the final residual stream, before the output transform."""
-    named = zip(result.keys, result.numbers.rows, strict=True)
+    named = zip(keys, numbers.rows, strict=True)
     return {key: value for key, value in named if key not in (LN_FINAL_B, B_U)}

@@ -136,7 +136,8 @@ class Unembedding:
     def normalise(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d"]:
         """What is multiplied with W_U: the norm's statistics are those of x."""
         if self.stream.norm is not None:
-            x = self.model.ln_final(x)
+            norm = self.model.ln_final
+            x = norm(x.to(next((w.device for w in norm.parameters() if not w.is_meta), x.device)))
         if self.stream.project_out is not None:
             x = x @ self.stream.project_out.to(x).mT
         return x.to(self.W_U.device)

@@ -191,7 +191,8 @@ class FrozenExperts:
         for passed, times in ((shared, 1.0), (routed, factor)):
             for constant, value in passed.constants.items():
                 met.add(layer, constant, times * value)
-            met.felt = met.felt + times**2 * passed.felt
+            if isinstance(passed.felt, Tensor):
+                met.feel(times**2 * passed.felt)
         given = (shared.given + factor * routed.given).unflatten(0, shape)
         return through_norm_before(norm, x, given, layer, met)
 

@@ -127,7 +127,7 @@ class Network:
         x = torch.zeros_like(last)
         for i, step in enumerate(self.steps):
             if i in self.shown and isinstance(step, ResidPoint):
-                x = kept[self.shown[i]][:, :n]
+                x = kept[self.shown[i]][:, :n].to(last)
             found.append(x)
             if isinstance(step, Write) and i in self.shown:
                 x = x + self._wrote(i, kept, last) * step.factor
@@ -139,7 +139,7 @@ class Network:
 
     def _wrote(self, i: int, kept: Kept, like: Tensor) -> Float[Tensor, "batch pos d_model"]:
         """What a step shows that it writes; positions may be the same for every prompt."""
-        wrote = kept[self.shown[i]][:, : like.shape[1]]
+        wrote = kept[self.shown[i]][:, : like.shape[1]].to(like)
         return wrote if len(wrote) == len(like) else wrote[:1].expand_as(like)
 
     # ---- all the way ---------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Network:
             elif isinstance(step, StreamNorm):
                 direction = through_norm_before(step.norm, xs[i], direction, step.layer, met)
             elif isinstance(step, Write) and step.layer is not None:
-                back = self._through(i, kept, xs, direction, met, visit)
+                back = self._through(i, kept, xs, direction, met, visit).to(direction)
                 at = self.reads[i]
                 late[at] = late[at] + back if at in late else back
             if i in late:
@@ -201,6 +201,7 @@ class Network:
         if visit is not None:
             visit(step, "component", wrote, direction)
         direction = direction * step.factor if step.factor != 1.0 else direction
+        x, wrote, direction = (y.to(part.device(kept)) for y in (x, wrote, direction))
         if isinstance(part, AttentionPart):
             if self.calls is not None and self.query is not None:
                 again = self.calls.again(part.out.layer, part.mixing, self.query)

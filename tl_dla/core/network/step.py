@@ -56,7 +56,8 @@ class Met:
     def add(self, layer: int, name: str, value: Float[Tensor, "batch target"]) -> None:
         """What a constant writes."""
         key = RowKey("bias", layer, name)
-        self.biases[key] = self.biases[key] + value if key in self.biases else value
+        before = self.biases.get(key)
+        self.biases[key] = value if before is None else before + value.to(before)
 
     def rounded(
         self,
@@ -65,12 +66,17 @@ class Met:
         times: int = 1,
     ) -> None:
         """An activation that the model rounded, so many times over."""
-        self.felt = self.felt + times * felt(x, direction).sum(1)
+        self.feel(times * felt(x, direction).sum(1))
+
+    def feel(self, squares: Float[Tensor, "batch target"]) -> None:
+        """More of it, from whichever device."""
+        self.felt = self.felt + squares.to(self.felt.device)
 
     @property
     def above(self) -> Float[Tensor, "batch target"]:
         """What all constants so far write."""
-        return sum(map(in_float64, self.biases.values()), torch.zeros_like(self.felt))
+        written = (in_float64(x).to(self.felt.device) for x in self.biases.values())
+        return sum(written, torch.zeros_like(self.felt))
 
 
 def felt(
@@ -101,6 +107,6 @@ def through_norm_before(
     y = norm.forward(x, scale)
     # The norm rounds what it is given, what it divides and what it returns; its scale, all at once.
     met.rounded(y, direction, times=3)
-    met.felt = met.felt + in_float64((y[:, :, None] * direction).sum(-1)).square().sum(1)
+    met.feel(in_float64((y[:, :, None] * direction).sum(-1)).square().sum(1))
     met.constant(layer, f"{norm.name.rpartition('.')[2]}.b", norm.beta, direction)
     return through_norm(norm, scale, direction)

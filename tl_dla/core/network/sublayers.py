@@ -42,6 +42,10 @@ class AttentionPart:
         """What to keep in the forward pass."""
         return [*self.mixing, *(tap for tap in (self.scale, self.shown) if tap is not None)]
 
+    def device(self, kept: Kept) -> torch.device:
+        """Where its weights lie."""
+        return self.out.W_O.device
+
     def frozen(self, kept: Kept, n: int) -> FrozenAttention:
         """The layer at its value for the first n positions."""
         return FrozenAttention(
@@ -67,6 +71,10 @@ class MLPPart:
         """What to keep in the forward pass."""
         return [] if self.scale is None else [self.scale]
 
+    def device(self, kept: Kept) -> torch.device:
+        """Where its weights lie."""
+        return self.way_in.W_in.device
+
     def frozen(self, kept: Kept, n: int, rule: Rule) -> FrozenMLP:
         """The MLP at its value for the first n positions."""
         scale = None if self.scale is None else kept[self.scale][:, :n]
@@ -85,6 +93,10 @@ class ExpertsPart:
     def taps(self) -> list[Tap]:
         """What to keep in the forward pass."""
         return [self.choice] if self.scale is None else [self.choice, self.scale]
+
+    def device(self, kept: Kept) -> torch.device:
+        """Where its weights lie, as far as its inputs show."""
+        return kept[self.choice].device
 
     def frozen(self, kept: Kept, n: int, rule: Rule) -> FrozenExperts:
         """The mixture at its value for the first n positions."""
