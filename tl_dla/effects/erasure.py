@@ -207,7 +207,7 @@ def erasures(
     ratio = dots / squares[:, None]
     ratio = torch.where(later.view(*later.shape, *[1] * (ratio.ndim - 2)), ratio, 0.0)
     ratio = torch.where(result.attribution[0].isnan().to(ratio.device), torch.nan, ratio)
-    direct = torch.stack([result[label] for label in shared])
+    direct = torch.stack([result[label] for label in shared]).to(ratio)
     return Erasures(list(writers), shared, ratio, later, direct, squares.sqrt())
 
 

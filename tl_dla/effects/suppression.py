@@ -66,7 +66,7 @@ def copy_suppression(
     copies = prompts.packed[:, None] == targets.ids[..., :1].to(prompts.packed.device)
     copies = copies.expand(*positions.index.shape, -1).to(result.logit)
     copied = dict.fromkeys(heads.values(), torch.zeros_like(result.logit))
-    for key, value in zip(sources.keys, sources.attribution, strict=True):
+    for key, value in zip(sources.keys, sources.attribution.to(result.logit), strict=True):
         if key.source is not None:
             label = heads[key.layer or 0, key.index or 0]
             copied[label] = copied[label] + value * positions.squeeze(copies[..., key.source])
