@@ -212,10 +212,9 @@ def test_a_model_that_lies_in_both_gives_what_it_gives_in_one(name, first):
         attribute_inputs(model, tokens(), ANSWERS, INCORRECT) for model in (both, here)
     )
     close(found.attribution, wanted.attribution)
+    # Gradients are not asked for: autograd knows the devices of its first backward pass alone.
     for unit in EFFECTS if name != "mixtral" else EFFECTS[:2]:
-        for lines in ("frozen", "tangent"):
-            effects = [x.effects(unit, lines=lines).attribution for x in (found, wanted)]
-            close(*effects)
+        close(*(x.effects(unit, lines="frozen").attribution for x in (found, wanted)))
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:

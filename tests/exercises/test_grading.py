@@ -65,7 +65,7 @@ def test_a_cell_that_never_ends_is_stopped(tmp_path):
         tmp_path / "loops.ipynb", "while True: pass", IMPORTS, one, "from tl_dla import exercises"
     )
     out = tmp_path / "scores.csv"
-    command = [sys.executable, "-m", "tl_dla.exercises", str(tmp_path), "--timeout", "30"]
+    command = [sys.executable, "-m", "tl_dla.exercises", str(tmp_path), "--timeout", "20"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "loops.ipynb: 1 of" in done.stderr and read(out)["loops.ipynb"]["top_heads"] == "1"

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-
 
 @pytest.mark.slow
 def test_a_page_of_a_thousand_tokens_is_painted_at_once_and_never_blocks(tmp_path, unchecked):
-    model = bridge(n_layers=30, n_heads=9, n_positions=1024)
+    model = bridge(n_layers=12, n_heads=12, n_positions=1024)
     text = " ".join(random.Random(0).choices(WORDS, k=999))
     result = direct_logit_attribution(model, text, "mat", "cat", unit="head")
     assert int(result.prompts.length) == 1000
