@@ -6,6 +6,7 @@ Also on one without float64, and of a model that lies partly there and partly he
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -167,33 +168,40 @@ def numbers(x: Any) -> Iterator[np.ndarray]:
         assert x is None or isinstance(x, str), type(x)
 
 
-def both(call: Callable[[Any, Any], Any], here: Any, there: Any, tmp_path: Any) -> None:
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    wanted = np.concatenate([*numbers(call(here, tmp_path / "here")), np.zeros(0)])
-    found = np.concatenate([*numbers(call(there, tmp_path / "there")), np.zeros(0)])
-    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * largest)
+def answer(name: str, model: Any, folder: Any) -> np.ndarray:
+    return np.concatenate([*numbers(CALLS[name](model, folder)), np.zeros(0)])
 
 
 @pytest.fixture(scope="module")
-def demo() -> dict[str, Any]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Callable[[str], Any]]:
+    """The demo model in each place, and what each call gives on the CPU."""
     own = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    here = load_model("demo", device="cpu")
     there = load_model("demo", device="cpu").to(elsewhere())
-    return {
-        "here": load_model("demo", device="cpu"),
-        "there": there,
-        "there, without float64": there,
-        "in both": load_model(spread(own.eval(), first=False), tokenizer),
-    }
+    both = load_model(spread(own.eval(), first=False), tokenizer)
+    models = {"here": here, "there": there, "in both": both}
+    return models, functools.cache(lambda name: answer(name, here, tmp_path_factory.mktemp("cpu")))
 
 
-@pytest.mark.parametrize("where", ["there", "there, without float64", "in both"])
+PLACES = {
+    "there": ("there", contextlib.nullcontext),
+    "there, without float64": ("there", without_float64),
+    "here, and tensors are made there": ("here", elsewhere),  # as torch.set_default_device has it
+    "in both": ("in both", contextlib.nullcontext),
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_gives_what_it_gives_on_the_cpu(name, where, demo, tmp_path):
-    with without_float64() if "without" in where else contextlib.nullcontext():
-        both(CALLS[name], demo["here"], demo[where], tmp_path)
+    models, on_the_cpu = demo
+    wanted = on_the_cpu(name)
+    place, inside = PLACES[where]
+    with inside():
+        found = answer(name, models[place], tmp_path)
+    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first there", "first here"])

@@ -287,7 +287,9 @@ def _padded(
 def _targets(ids: Int[Tensor, "prompt step token"], against: Against | None) -> Targets:
     """Each step's token, less what it is compared with."""
     weights = [[1.0]] if against is None else [[1.0, -1.0]]
-    return Targets(ids, torch.tensor(weights, dtype=torch.float64), None, against == "mean")
+    return Targets(
+        ids, torch.tensor(weights, dtype=torch.float64, device="cpu"), None, against == "mean"
+    )
 
 
 # ---- what a user wrote -------------------------------------------------------------------------

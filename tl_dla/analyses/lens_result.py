@@ -98,7 +98,7 @@ class LogitLens(Reading):
 
         n_top = self.top_ids.shape[-1]
         ids, values, probabilities = [self.top_ids], [self.top_values], [self.top_probabilities]
-        ranks = [torch.arange(n_top).expand_as(self.top_ids)]
+        ranks = [torch.arange(n_top, device=self.top_ids.device).expand_as(self.top_ids)]
         if self.values is not None and self.targets is not None:
             assert self.ranks is not None and self.probabilities is not None
             ids.append(self.targets.ids.to(self.top_ids).expand_as(self.ranks))

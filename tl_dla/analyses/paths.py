@@ -115,7 +115,7 @@ def attribute_path(
         # The token axis is `pos token` of the result: every position has a readout of its own.
         weights = targets.weights
         if weights is not None:
-            weights = torch.kron(torch.eye(shape[1]), weights.cpu()).to(weights)
+            weights = torch.kron(torch.eye(shape[1], device="cpu"), weights.cpu()).to(weights)
         rows = parts.rows(once, end.query.positions, lambda total: end.ratio.to(total), weights)
         rows = rows.map(lambda x: x.reshape(*x.shape[:-3], *shape))
         ratio, eps = rows.ratio, reader.map_eps

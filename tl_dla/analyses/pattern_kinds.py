@@ -112,7 +112,7 @@ def pool(
     pattern = pattern.detach().cpu().double()
     sight = _in_sight(pattern)
     even = sight / sight.sum(-1, keepdim=True)
-    judged = torch.ones(len(ids), dtype=torch.bool) if queries is None else queries.cpu()
+    judged = torch.ones_like(pattern[0], dtype=torch.bool) if queries is None else queries.cpu()
     found: dict[PatternKind, Pooled] = {}
     expected = expected_keys(ids.cpu(), tokens)
     expected["column"] = torch.zeros_like(sight)
@@ -140,7 +140,7 @@ def column(pattern: Float[Tensor, "query key"]) -> int | None:
         return None
     pattern = pattern.detach().cpu().double()
     sight = _in_sight(pattern).double()
-    after = torch.arange(n - 1, -1, -1)  # queries after each key
+    after = torch.arange(n - 1, -1, -1, device="cpu")  # queries after each key
     means, chance = (
         x.tril(-1).sum(0)[1 : n - _MANY] / after[1 : n - _MANY]
         for x in (pattern, sight / sight.sum(-1, keepdim=True))
@@ -155,12 +155,13 @@ def expected_keys(
 ) -> dict[PatternKind, Bool[Tensor, "query key"]]:
     """Where each kind's attention would go; see the module."""
     n = len(ids)
-    position = torch.arange(n)
+    position = torch.arange(n, device=ids.device)
     before = position[None, :] < position[:, None]  # [query, key]: key < query
     duplicate = (ids[None, :] == ids[:, None]) & before
     after_duplicate = torch.zeros_like(duplicate)
     after_duplicate[:, 1:] = duplicate[:, :-1]
-    marks = torch.tensor([is_punctuation(token) for token in tokens]) & (position > 0)
+    marks = torch.tensor([is_punctuation(token) for token in tokens], device=ids.device)
+    marks &= position > 0
     return {
         "previous token": position[None, :] == position[:, None] - 1,
         "induction": after_duplicate,

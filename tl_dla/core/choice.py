@@ -18,7 +18,7 @@ from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.targets import Targets
 from tl_dla.inputs.tokens import Prompts
-from tl_dla.model.hooks import in_float64
+from tl_dla.model.hooks import where_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,11 @@ class Choice:
     def _weights(self) -> Float[Tensor, "candidate token"] | None:
         weights = self.of.targets.weights
         if weights is None:
-            return None if self.candidate is None else torch.ones(1, 1, dtype=torch.float64)
+            return (
+                None
+                if self.candidate is None
+                else torch.ones(1, 1, dtype=torch.float64, device="cpu")
+            )
         return weights[_one(self.candidate)][:, self._tokens]
 
 
@@ -172,7 +176,8 @@ class Average:
     def values(self, x: Float[Tensor, "... batch pos inner"]) -> Float[Tensor, "... 1 1 inner"]:
         """The mean of a tensor with all its axes, added up in float64."""
         valid = self.of.positions.valid.to(x.device)
-        total = in_float64(torch.where(valid[..., None], x, 0)).sum((-3, -2), keepdim=True)
+        known = where_float64(torch.where(valid[..., None], x, 0))
+        total = known.sum((-3, -2), keepdim=True, dtype=torch.float64)
         return (total / valid.sum().to(total)).to(x)
 
     def shown(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:

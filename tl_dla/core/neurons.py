@@ -151,7 +151,7 @@ class ExpertSplit(RowSplit):
 
 def largest(scores: Sequence[Float[Tensor, " neuron"]], k: int) -> list[list[int]]:
     """The k largest of all layers' neurons, as indices layer by layer."""
-    everything = torch.cat([torch.empty(0), *(score.cpu() for score in scores)])
+    everything = torch.cat([torch.empty(0, device="cpu"), *(score.cpu() for score in scores)])
     top = torch.zeros_like(everything, dtype=torch.bool)
     top[everything.topk(min(k, len(everything))).indices] = True
     return [x.nonzero().flatten().tolist() for x in top.split([len(s) for s in scores])]

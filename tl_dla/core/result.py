@@ -216,12 +216,8 @@ class Attribution(LabelledRows, Savable):
         """
         model = require_model(model)
         require_alike(self.model, model)
-        placed = {
-            own.name: on_device(getattr(self, own.name), device_of(model))
-            for own in dataclasses.fields(self)
-            if own.name
-            not in ("keys", "query")  # many, without a tensor; and the model is no value
-        }
+        names = {own.name for own in dataclasses.fields(self)} - {"keys", "query"}
+        placed = {name: on_device(getattr(self, name), device_of(model)) for name in names}
         return replace(self, query=self.query.with_model(model), **placed)
 
     # ---- tables, text, pictures ----------------------------------------------------------------

@@ -299,9 +299,8 @@ def failures(reconstruction: Reconstruction) -> list[str | None]:
     reasons: list[str | None] = [None] * len(reconstruction.expected)
     for name, part in [("The rows", reconstruction), *reconstruction.parts.items()]:
         numbers = part.reconstructed, part.expected, part.tolerance
-        for i, (got, want, tolerance) in enumerate(
-            zip(*(x.tolist() for x in numbers), strict=True)
-        ):
+        listed = zip(*(x.tolist() for x in numbers), strict=True)
+        for i, (got, want, tolerance) in enumerate(listed):
             if reasons[i] is None and not abs(got - want) <= tolerance:  # NaN fails too
                 reasons[i] = (
                     f"{name} add up to {got:.6g}, but {part.against} is {want:.6g}, where rounding"

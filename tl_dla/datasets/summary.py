@@ -280,13 +280,13 @@ class Tally:
         labels = [*shard.names.labels, *extra]
         named = zip(shard.names.kinds, shard.names.labels, strict=True)
         adding = [kind != "residual" or label == "final_post" for kind, label in named]
-        adds = torch.tensor([*adding, *[True] * len(extra)])
+        adds = torch.tensor([*adding, *[True] * len(extra)], device="cpu")
         for group in dict.fromkeys(line.group for line in lines):
             own = [line for line in lines if line.group == group]
             rows = torch.stack([line.values for line in own if line.values is not None]).double()
             rest = [[float(value) for value in (line.rest or {}).values()] for line in own]
-            values = torch.cat([rows, torch.tensor(rest, dtype=torch.float64)], 1)
-            logit = torch.tensor([line.logit for line in own], dtype=torch.float64)
+            values = torch.cat([rows, rows.new_tensor(rest)], 1)
+            logit = rows.new_tensor([line.logit for line in own])
             gross = (values * adds).abs().sum(1).float()
             net = (values * adds).sum(1).abs().float()
             values = torch.cat([values, torch.stack([logit, gross, net], 1)], 1)

@@ -83,7 +83,7 @@ class Erasures:
         samples = self.direct.reshape(len(self.labels), -1)
         samples = samples[:, ~samples.isnan().any(0)]
         if samples.shape[1] < 3:
-            return torch.full(self.later.shape, torch.nan)
+            return torch.full(self.later.shape, torch.nan, device=self.later.device)
         return torch.corrcoef(samples)[rows]
 
     def to_dataframe(self) -> "pd.DataFrame":

@@ -170,7 +170,8 @@ def run_ablated(
                 for i, name in enumerate(names)
                 for place, value in zip(places[name], values[name], strict=True)
             ]
-            tiled = result.query.part(torch.arange(batch).repeat(len(names)))
+            every = torch.arange(batch, device=result.prompts.tokens.device)
+            tiled = result.query.part(every.repeat(len(names)))
 
             def within(rows: slice, edits: list[Edit] = edits, tiled: Query = tiled) -> Any:
                 mine = [part for edit in edits if (part := edit.part(rows)) is not None]

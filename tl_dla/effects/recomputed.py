@@ -34,7 +34,7 @@ from tl_dla.core.vectors import ResidualStack, stack_of, vectors_of
 from tl_dla.effects.interventions import added_up
 from tl_dla.errors import ArgumentError, UnsupportedModelError
 from tl_dla.inputs.selection import Selection
-from tl_dla.model.hooks import in_float64
+from tl_dla.model.hooks import in_float64, where_float64
 from tl_dla.model.reader import ModelReader
 from tl_dla.model.unembedding import is_linear, output_transform
 
@@ -112,7 +112,8 @@ class FinalLogits:
         self._require_linear_mean()
         self.parts = of_query(result.query, "component", Selection())
         self.norm = self.reader.stream().norm
-        x = self.result.positions.unsqueeze(in_float64(stack.vectors).sum(0))
+        x = where_float64(stack.vectors).sum(0, dtype=torch.float64)
+        x = self.result.positions.unsqueeze(x)
         readout = self.parts.readout
         self.readout = replace(readout, direction=in_float64(readout.direction).to(x))
         self.x, self.x_w = self._kept(x), self.readout.contract(x)
@@ -157,11 +158,9 @@ class FinalLogits:
 
     def _bias(self, key: RowKey) -> Float[Tensor, "batch pos token"]:
         bias = dict(self.parts.constants).get(key)
-        return (
-            torch.zeros_like(self.x_w)
-            if bias is None
-            else in_float64(bias).to(self.x_w).expand_as(self.x_w)
-        )
+        if bias is None:
+            return torch.zeros_like(self.x_w)
+        return in_float64(bias).to(self.x_w).expand_as(self.x_w)
 
     def _require_linear_mean(self) -> None:
         if self.result.targets.mean_of_vocab and not is_linear(self.result.model):

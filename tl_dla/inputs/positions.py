@@ -122,10 +122,11 @@ def read_positions(pos: Any, prompts: Prompts) -> Positions:
     width = max(map(len, rows))
     device = prompts.tokens.device
     index = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    known = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    valid = torch.tensor(known, device=device)
     every = isinstance(pos, slice) and pos == slice(None)
     shared = rows[0][0] if width == 1 and len({row[0] for row in rows}) == 1 else None
-    return Positions(index, valid.to(device), single, every, shared)
+    return Positions(index, valid, single, every, shared)
 
 
 def _integers(pos: Any) -> Int[Tensor, "..."]:

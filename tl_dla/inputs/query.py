@@ -40,10 +40,8 @@ class Query:
 
     def with_model(self, model: Any) -> "Query":
         """The same of this model, on its device."""
-        prompts, positions = (
-            on_device(x, device_of(model)) for x in (self.prompts, self.positions)
-        )
-        return replace(self, model=model, prompts=prompts, positions=positions)
+        placed = on_device({"prompts": self.prompts, "positions": self.positions}, device_of(model))
+        return replace(self, model=model, **placed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled without the model's weights."""

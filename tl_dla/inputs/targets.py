@@ -115,22 +115,24 @@ def read_targets(
         wrong = strings.ids(incorrect)
     strings.question()
     if wrong is None and not mean:
-        return Targets(ids, None if names else torch.ones(1, 1, dtype=torch.float64), names)
+        return Targets(
+            ids, None if names else torch.ones(1, 1, dtype=torch.float64, device="cpu"), names
+        )
     if ids.shape[-1] > _MOST_WITH_BASELINE:
         raise ArgumentError(
             f"incorrect_tokens is for at most {_MOST_WITH_BASELINE} candidates, and there are"
             f" {ids.shape[-1]}: attribute to them without it, and subtract the baseline's column."
         )
-    weights = torch.eye(ids.shape[-1], dtype=torch.float64)
+    weights = torch.eye(ids.shape[-1], dtype=torch.float64, device="cpu")
     if wrong is None:  # the baseline is the mean
-        baseline = -torch.ones(len(weights), 1, dtype=torch.float64)
+        baseline = -torch.ones(len(weights), 1, dtype=torch.float64, device="cpu")
         return Targets(ids, torch.cat([weights, baseline], 1), names, mean_of_vocab=True)
     wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=ids.shape[1] > 1)
     if names is None:
         _question_same(model, ids, wrong)
     k, lead = wrong.shape[-1], torch.broadcast_shapes(ids.shape[:2], wrong.shape[:2])
     ids = torch.cat([ids.expand(*lead, -1), wrong.expand(*lead, -1)], -1)
-    baseline = torch.full((len(weights), k), -1 / k, dtype=torch.float64)
+    baseline = torch.full((len(weights), k), -1 / k, dtype=torch.float64, device="cpu")
     return Targets(ids, torch.cat([weights, baseline], 1), names)
 
 

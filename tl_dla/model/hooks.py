@@ -189,9 +189,14 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
+def where_float64(x: Tensor) -> Tensor:
+    """The tensor where there is float64: on the CPU if its device has none, as Apple's has not."""
+    return x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x
+
+
 def in_float64(x: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU where its device has none, as Apple's has not."""
-    return (x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x).double()
+    """The tensor in float64, wherever that is."""
+    return where_float64(x).double()
 
 
 def is_bridge(model: Any) -> bool:
@@ -254,10 +259,12 @@ def own_map(module: Any, model: Any) -> tuple[Tensor, float] | None:
     bare = copy.copy(module)  # added and taken away again, a bias would cost digits
     bare._parameters = {**module._parameters, "bias": None}
     like = next(p for p in model.parameters() if p.is_floating_point())
-    x = torch.randn(8, n, generator=torch.Generator().manual_seed(0))
+    cpu = torch.device("cpu")  # whatever the default is
+    x = torch.randn(8, n, generator=torch.Generator().manual_seed(0), device=cpu)
     x = x.pow(3) / x.abs().max() ** 3  # as activations are, a few far larger
     known = parameter(module, "weight") if is_quantised(module.weight) else None
-    rows = torch.cat([torch.zeros(1, n), x, *([torch.eye(n)] if known is None else [])])
+    each = [torch.eye(n, device=cpu)] if known is None else []
+    rows = torch.cat([torch.zeros(1, n, device=cpu), x, *each])
     rows = rows.to(like.dtype) if like.is_meta else rows.to(like)
     with torch.no_grad():
         made = torch.cat([bare(part) for part in rows.split(_ROWS_AT_ONCE)])

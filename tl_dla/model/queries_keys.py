@@ -84,7 +84,7 @@ class QueriesAndKeys:
         self, shown: Sequence[Tensor], n_keys: int
     ) -> Float[Tensor, "#batch head #query #key"] | float:
         """What is added to the scores after the scale, from what each of `biases` shows."""
-        heads, total = _n_heads(self.query), torch.zeros(())
+        heads, total = _n_heads(self.query), torch.zeros((), device="cpu")
         for (site, factor), values in zip(self.biases, shown, strict=True):
             if site.argument == "attention_mask":  # its masked places are no bias
                 values = values.masked_fill(values < -1e30, 0.0)

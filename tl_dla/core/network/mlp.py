@@ -191,7 +191,7 @@ class FrozenExperts:
         for passed, times in ((shared, 1.0), (routed, factor)):
             for constant, value in passed.constants.items():
                 met.add(layer, constant, times * value)
-            if isinstance(passed.felt, Tensor):
+            if isinstance(passed.felt, Tensor):  # some expert was chosen
                 met.feel(times**2 * passed.felt)
         given = (shared.given + factor * routed.given).unflatten(0, shape)
         return through_norm_before(norm, x, given, layer, met)
@@ -245,6 +245,5 @@ class _Passed:
     def _by_prompt(
         self, value: Float[Tensor, "chosen target"], prompt: Int[Tensor, " chosen"]
     ) -> Float[Tensor, "batch target"]:
-        return value.new_zeros(self.batch, value.shape[-1]).index_add_(
-            0, prompt.to(value.device), value
-        )
+        prompt = prompt.to(value.device)
+        return value.new_zeros(self.batch, value.shape[-1]).index_add_(0, prompt, value)

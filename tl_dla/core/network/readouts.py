@@ -46,7 +46,8 @@ def pull_all(
         n = int(index[:, p].max()) + 1
         direction = readouts.new_zeros(len(index), n, len(p), d)
         prompt = torch.arange(len(index), device=readouts.device)[:, None]
-        direction[prompt, index[:, p], torch.arange(len(p))[None]] = readouts[:, p, c]
+        target = torch.arange(len(p), device=readouts.device)[None]
+        direction[prompt, index[:, p], target] = readouts[:, p, c]
         parts.append(network.pull(once.kept, direction, visit))
 
     def by_source(found: list[Tensor]) -> Float[Tensor, "batch pos candidate source"]:
