@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from tests.support.elsewhere import WAITS, elsewhere, spread, without_float64
-from tests.support.models import load, words
+from tests.support.models import TRANSFORMER_LENS, load, words
 from tests.support.pictures import ANSWERS as NAMES
 from tests.support.pictures import CAPITALS, FACT, PROMPT, PROMPTS
 from tests.support.pictures import INCORRECT as OTHERS
@@ -198,6 +198,8 @@ def test_every_call_gives_what_it_gives_on_the_cpu(name, where, demo, tmp_path):
     models, on_the_cpu = demo
     wanted = on_the_cpu(name)
     place, inside = PLACES[where]
+    if name == "completion" and place == "there" and TRANSFORMER_LENS < 4:
+        pytest.skip("HookedTransformer.generate takes no subclass of Tensor")
     with inside():
         found = answer(name, models[place], tmp_path)
     largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
