@@ -179,7 +179,7 @@ def test_a_conversion_says_what_it_writes_and_where(gguf_file, cache, capsys):
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(gguf_file, cache, monkeypatch):
-    def interrupted(file: Path, folder: Path) -> None:
+    def interrupted(_file: Path, folder: Path, _special: dict) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{")
         raise KeyboardInterrupt
@@ -194,8 +194,8 @@ def test_an_interrupted_conversion_leaves_nothing_behind(gguf_file, cache, monke
 def test_two_conversions_at_once_end_in_one_whole_model(gguf_file, cache, monkeypatch):
     convert = gguf._convert
 
-    def overtaken(file: Path, folder: Path) -> None:
-        convert(file, folder)
+    def overtaken(file: Path, folder: Path, special: dict) -> None:
+        convert(file, folder, special)
         monkeypatch.setattr(gguf, "_convert", convert)
         load_model(gguf_file)  # another process does the same and is done first
 

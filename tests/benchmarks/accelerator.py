@@ -1,6 +1,6 @@
 """What a call takes on a GPU, in milliseconds and over a plain forward pass there.
 
-    python -m tests.benchmarks.accelerator                      two minutes
+    python -m tests.benchmarks.accelerator
     python -m tests.benchmarks.accelerator --model llama-8b
 
 Two models with random weights: GPT-2 small's size in float32, folded, beside TransformerLens's own
@@ -70,11 +70,11 @@ def measured(model: Any, name: str, size: tuple[int, int], runs: int) -> Table:
     """The table of one model and size."""
     data = {key: x.to("cuda") for key, x in inputs(model, *size).items()}
     timed = {"forward": partial(model, data["tokens"]), **calls(model, data, name != LARGEST)}
-    memory = {what: peak(call) for what, call in timed.items()}
     times = medians(runs, **{what: waited(call) for what, call in timed.items()})
+    memory = {what: peak(call) for what, call in timed.items()}  # of calls that are warm
     cached = from_cache(model, data)
-    memory |= {what: peak(call) for what, call in cached.items()}
     times |= medians(runs, **{what: waited(call) for what, call in cached.items()})
+    memory |= {what: peak(call) for what, call in cached.items()}
     table = Table(f"{name}, {size[0]} × {size[1]}", "ms", "over a forward pass", "peak MB")
     for what, took in times.items():
         ratio = took / times["forward"]

@@ -126,7 +126,7 @@ def spread(model: torch.nn.Module, *, first: bool) -> torch.nn.Module:
         for inner, child in part.named_children()
         if isinstance(child, torch.nn.ModuleList)
     )
-    start = [
+    start = [  # the embeddings, also as wte and wpe
         child
         for name, child in model.get_submodule(path.rpartition(".")[0]).named_children()
         if child is not blocks and ("embed" in name or name.startswith("w") or "rotary" in name)

@@ -112,7 +112,8 @@ def pool(
     pattern = pattern.detach().cpu().double()
     sight = _in_sight(pattern)
     even = sight / sight.sum(-1, keepdim=True)
-    judged = torch.ones_like(pattern[0], dtype=torch.bool) if queries is None else queries.cpu()
+    every = torch.ones(len(ids), dtype=torch.bool, device="cpu")
+    judged = every if queries is None else queries.cpu()
     found: dict[PatternKind, Pooled] = {}
     expected = expected_keys(ids.cpu(), tokens)
     expected["column"] = torch.zeros_like(sight)

@@ -96,10 +96,10 @@ def converted(parts: Sequence[Path], *, key: str) -> str:
                 for part in parts:
                     with part.open("rb") as piece:
                         shutil.copyfileobj(piece, joined)
-        size = _float32_size(file)
+        size, special = _told(file)
         told = f"Converting {key} to float32, this once: {size / 1e6:.0f} MB into {folder}"
         tqdm.write(f"{told} (TL_DLA_CACHE names another place)", file=sys.stderr)
-        _convert(file, written)
+        _convert(file, written, special)
         try:
             written.rename(folder)
         except OSError:
@@ -108,15 +108,16 @@ def converted(parts: Sequence[Path], *, key: str) -> str:
     return str(folder)
 
 
-def _float32_size(file: Path) -> int:
-    """How many bytes the weights of a GGUF file take in float32."""
+def _told(file: Path) -> tuple[int, dict[str, int]]:
+    """What a GGUF file says: the bytes of its weights in float32, and which tokens are special."""
     from gguf import GGUFReader
 
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
             raise UnsupportedModelError(f"{file.name} is no GGUF file: it does not begin as one.")
     try:
-        return sum(4 * int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        reader = GGUFReader(file)
+        size = sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
     except (ValueError, IndexError) as error:
         if isinstance(error, ValueError) and "array" not in str(error):  # numpy's, cut short
             raise UnsupportedModelError(f"{file.name} cannot be read: {error}.") from error
@@ -124,23 +125,15 @@ def _float32_size(file: Path) -> int:
             f"{file.name} is truncated: it ends after {file.stat().st_size / 1e6:.1f} MB, before"
             " its last weight. Fetch it again."
         ) from error
+    named = {name: reader.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    ids = {f"{name}_token": int(x.parts[x.data[0]][0]) for name, x in named.items() if x}
+    return size, ids
 
 
-def _special_tokens(file: Path) -> dict[str, int]:
-    """The tokens that begin and end a text, where the file says which."""
-    from gguf import GGUFReader
-
-    fields, found = GGUFReader(file).fields, {}
-    for name in ("bos", "eos"):
-        if field := fields.get(f"tokenizer.ggml.{name}_token_id"):
-            found[f"{name}_token"] = int(field.parts[field.data[0]][0])
-    return found
-
-
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, special: dict[str, int]) -> None:
     gguf: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **gguf)
-    for name, token in _special_tokens(file).items():  # some releases of transformers guess them
+    for name, token in special.items():  # some releases of transformers guess them
         setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
     if hasattr(transformers, "GgufConfig"):  # newer releases can keep the weights packed
         gguf["quantization_config"] = transformers.GgufConfig(dequantize=True)
