@@ -131,6 +131,8 @@ class Readout:
             return x
         w = self.direction.to(x)
         if w.shape[1] == 1 and w.ndim == 4:  # one direction for every position
+            if len(w) == 1 or x.ndim == 3:  # of one token einsum makes no matrix product
+                return x @ (w[0, 0] if len(w) == 1 else w[:, 0]).mT
             return torch.einsum("...bpd,btd->...bpt", x, w[:, 0])
         if w.shape[2] <= 4:  # few tokens: reads z as it lies, where einsum transposes it first
             return torch.linalg.vecdot(x.unsqueeze(2 - w.ndim), w)

@@ -290,7 +290,10 @@ def product(
     by_rows = weight.stride(-1) == 1  # `nn.Linear` stores [d, place]
     if weight.dtype == directions.dtype:
         if by_rows and len(directions) <= _FEW:
-            return (weight @ directions.mT).mT.contiguous().reshape(*lead, n_places)
+            # A product with a vector takes one core, with a matrix all of them.
+            columns = directions.repeat(2, 1) if len(directions) == 1 else directions
+            found = (weight @ columns.mT).mT[: len(directions)].contiguous()
+            return found.reshape(*lead, n_places)
         return (directions @ weight.mT).reshape(*lead, n_places)
     wrote = directions.new_zeros(len(directions), n_places)
     if by_rows or len(directions) > _FEW:
