@@ -53,6 +53,7 @@ from tl_dla import (
     top_heads_with_patterns,
     unembedding_pca,
 )
+from tl_dla.datasets.examples import windows
 from tl_dla.demo import FOLDER
 from tl_dla.errors import UnsupportedModelError
 
@@ -260,6 +261,17 @@ def test_the_pass_waits_for_nothing(name, unit):
     inner[-1].register_forward_hook(lambda *_: seen.append([*WAITS]))
     direct_logit_attribution(model, tokens(), ANSWERS, INCORRECT, unit=unit)
     assert WAITS and seen == [[]]
+
+
+def test_examples_are_read_without_waiting():
+    """A wait for each of thousands of prompts would take longer than running them."""
+    model = load.__wrapped__("gpt2").to(elsewhere())
+    WAITS.clear()
+    example = dict(prompt=[5, 6, 7], answer=8, incorrect=[9, 10])
+    [read] = windows(model, [example] * 3, batch_size=2)
+    assert not WAITS and [(e.tokens, e.answer, e.incorrect) for e in read] == 3 * [
+        (example["prompt"], example["answer"], example["incorrect"])
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

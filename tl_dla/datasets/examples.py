@@ -33,8 +33,8 @@ import torch
 
 from tl_dla.errors import ArgumentError, TlDlaError, TokenError
 from tl_dla.inputs.positions import read_positions
-from tl_dla.inputs.targets import token_ids
-from tl_dla.inputs.tokens import read_prompts
+from tl_dla.inputs.targets import ids_of
+from tl_dla.inputs.tokens import prompts_of
 
 FIELDS = ("prompt", "answer", "incorrect", "group")
 # Batches in a window: enough to sort by length, few enough that 8 processes share 1,000 examples.
@@ -204,7 +204,7 @@ def _read(
                     f" {', '.join(key for key, value in fields.items() if value is not None)}."
                 )
         input = text if text is not None else torch.tensor(_integers(prompt, "prompt"))
-        read = read_prompts(model, input, prepend_bos=prepend_bos)
+        read = prompts_of(model, input, prepend_bos=prepend_bos)
         read_positions(pos, read)
         answer = _tokens(model, fields, "answer", text)
         if len(answer) != 1:
@@ -226,7 +226,7 @@ def _tokens(model: Any, fields: Mapping[str, Any], name: str, text: str | None) 
         raise TokenError(f"The field {name!r} holds strings or token ids; {value!r} was given.")
     texts = None if text is None else [text]
     words = [one if isinstance(one, str) else int(one) for one in several]
-    return [int(token_ids(model, word, texts)) for word in words]
+    return ids_of(model, words, texts).tolist()
 
 
 def _integers(value: Any, name: str) -> list[int]:

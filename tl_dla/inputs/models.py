@@ -14,6 +14,7 @@ from tl_dla.model.hooks import is_bridge
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 # Options of attention that follow the length of the prompt: of a `HookedTransformer`, of Qwen.
 _BY_LENGTH = ("use_logn_attn", "use_dynamic_ntk_rope", "use_dynamic_ntk")
+_SAY_LENGTH = frozenset({"rope_type", *_BY_LENGTH})
 
 
 def require_model(model: Any) -> Any:
@@ -84,6 +85,8 @@ def scales_with_length(model: Any) -> bool:
     config = getattr(getattr(model, "original_model", None), "config", None)
     for place in (model.cfg, config, *model.modules()):
         own = getattr(place, "__dict__", {})  # not getattr, which is slow where a module lacks it
+        if _SAY_LENGTH.isdisjoint(own):
+            continue
         if any(own.get(name) is True for name in _BY_LENGTH):
             return True
         kinds = own.get("rope_type")

@@ -96,7 +96,7 @@ def read_targets(
     names, wrong = None, None
     if candidates is not None:
         if isinstance(candidates, str) and candidates == "all":
-            candidates = torch.arange(strings.d_vocab)
+            candidates = torch.arange(strings.d_vocab, device="cpu")
         ids = strings.ids(candidates, "candidate_tokens").reshape(1, 1, -1)
         names = tuple(token_strings(model, ids.flatten()))
     else:
@@ -114,10 +114,10 @@ def read_targets(
     if incorrect is not None and not mean:
         wrong = strings.ids(incorrect)
     strings.question()
+    device = device_of(model)
     if wrong is None and not mean:
-        return Targets(
-            ids, None if names else torch.ones(1, 1, dtype=torch.float64, device="cpu"), names
-        )
+        alone = None if names else torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        return Targets(ids.to(device), alone, names)
     if ids.shape[-1] > _MOST_WITH_BASELINE:
         raise ArgumentError(
             f"incorrect_tokens is for at most {_MOST_WITH_BASELINE} candidates, and there are"
@@ -126,14 +126,15 @@ def read_targets(
     weights = torch.eye(ids.shape[-1], dtype=torch.float64, device="cpu")
     if wrong is None:  # the baseline is the mean
         baseline = -torch.ones(len(weights), 1, dtype=torch.float64, device="cpu")
-        return Targets(ids, torch.cat([weights, baseline], 1), names, mean_of_vocab=True)
+        weights = torch.cat([weights, baseline], 1)
+        return Targets(ids.to(device), weights, names, mean_of_vocab=True)
     wrong = _grid(wrong, "incorrect_tokens", batch, n_pos, per_position=ids.shape[1] > 1)
     if names is None:
         _question_same(model, ids, wrong)
     k, lead = wrong.shape[-1], torch.broadcast_shapes(ids.shape[:2], wrong.shape[:2])
     ids = torch.cat([ids.expand(*lead, -1), wrong.expand(*lead, -1)], -1)
     baseline = torch.full((len(weights), k), -1 / k, dtype=torch.float64, device="cpu")
-    return Targets(ids, torch.cat([weights, baseline], 1), names)
+    return Targets(ids.to(device), torch.cat([weights, baseline], 1), names)
 
 
 def _grid(
@@ -189,12 +190,17 @@ def _question_same(model: Any, answer: Int[Tensor, "..."], wrong: Int[Tensor, ".
         )
 
 
-def token_ids(model: Any, tokens: Any, texts: Sequence[str] | None = None) -> Int[Tensor, "..."]:
+def token_ids(model: Any, tokens: Any) -> Int[Tensor, "..."]:
     """Strings and ids, nested as given, as a tensor of ids inside the vocabulary.
 
     Raises:
         TokenError: naming the pieces of a string that is not one token, or the id out of range.
     """
+    return ids_of(model, tokens).to(device_of(model))
+
+
+def ids_of(model: Any, tokens: Any, texts: Sequence[str] | None = None) -> Int[Tensor, "..."]:
+    """The same on the CPU; `texts` are the prompts, which may ask for a space before a word."""
     strings = _Strings(model, texts)
     ids = strings.ids(tokens)
     strings.question()
@@ -218,7 +224,7 @@ class _Strings:
         return d_vocab_out if d_vocab_out > 0 else self.model.cfg.d_vocab
 
     def ids(self, tokens: Any, name: str = "Answers") -> Int[Tensor, "..."]:
-        """The ids, on the model's device."""
+        """The ids, on the CPU."""
         ids = self._nested(tokens, name)
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise TokenError(f"Answers must be strings or integer token ids; {tokens!r} was given.")
@@ -228,13 +234,13 @@ class _Strings:
         if low < 0 or high >= d_vocab:
             bad = low if low < 0 else high
             raise TokenError(f"Token id {bad} is outside the vocabulary of {d_vocab} tokens.")
-        return ids.long().to(device_of(self.model))
+        return ids.long()
 
     def _nested(self, tokens: Any, name: str) -> Tensor:
         if isinstance(tokens, str):
-            return torch.tensor(self._single(tokens))
+            return torch.tensor(self._single(tokens), device="cpu")
         if isinstance(tokens, Tensor):
-            return tokens.detach()
+            return tokens.detach().cpu()
         if isinstance(tokens, np.ndarray) and tokens.dtype.kind == "U":
             tokens = tokens.tolist()
         if isinstance(tokens, Sequence) and not isinstance(tokens, bytes):
@@ -243,9 +249,9 @@ class _Strings:
                 raise TokenError(f"{name} must hold at least one token; an empty list was given.")
             if len({part.shape for part in parts}) != 1:
                 raise TokenError(f"{name} must form a rectangle; {tokens!r} does not.")
-            return torch.stack([part.cpu() for part in parts])
+            return torch.stack(parts)
         try:
-            return torch.as_tensor(tokens)
+            return torch.as_tensor(tokens).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise TokenError(
                 f"Answers must be strings or integer token ids; {tokens!r} was given."
@@ -261,7 +267,9 @@ class _Strings:
             return pieces[0]
         if not pieces:
             raise TokenError(f"The answer {text!r} is no token: give a string that is one token.")
-        parts = ", ".join(repr(part) for part in token_strings(self.model, torch.tensor(pieces)))
+        parts = ", ".join(
+            repr(part) for part in token_strings(self.model, torch.tensor(pieces, device="cpu"))
+        )
         if len(spaced) == 1:
             hint = f"with a leading space, {' ' + text!r}, it is one"
         else:

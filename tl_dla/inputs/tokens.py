@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_dla.errors import ArgumentError, TokenError
-from tl_dla.inputs.models import device_of
+from tl_dla.inputs.models import device_of, on_device
 
 # A prompt, several, or token ids, `[pos]` or `[batch, pos]`.
 Input = str | Sequence[Any] | Shaped[Tensor, "*batch pos"] | np.ndarray
@@ -90,6 +90,18 @@ def read_prompts(
         TokenError: for an empty prompt, a doubled BOS, ids outside the vocabulary, a prompt longer
             than the model's context, tokens that may be padding or the prompt's own.
     """
+    prompts = prompts_of(model, input, prepend_bos=prepend_bos, attention_mask=attention_mask)
+    return on_device(prompts, device_of(model))
+
+
+def prompts_of(
+    model: Any,
+    input: Input | None,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Shaped[Tensor, "... pos"] | None = None,
+) -> Prompts:
+    """The same on the CPU: each number that is checked would be waited for on the device."""
     if input is None:
         raise ArgumentError("Give either `input` to run the model on, or a `cache` of such a run.")
     given = _as_tokens(input)
@@ -168,7 +180,7 @@ def _read_row(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, 
         raise TokenError(
             f"Each prompt in a list is one row of token ids; one has shape {tuple(ids.shape)}."
         )
-    return _token_rows(model, ids)[0]
+    return _token_rows(ids)[0]
 
 
 def _question_spaces(model: Any, texts: Sequence[Any], rows: Sequence[Tensor]) -> None:
@@ -209,7 +221,7 @@ def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " 
     require_unicode(text)
     bos = tokenizer.bos_token
     options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-    tokens = model.to_tokens(text, truncate=False, **options)[0]
+    tokens = model.to_tokens(text, truncate=False, **options)[0].cpu()
     if bos and text.startswith(bos) and len(tokens) > 1:
         if int(tokens[0]) == int(tokens[1]) == tokenizer.bos_token_id:
             raise TokenError(
@@ -220,8 +232,8 @@ def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " 
 
 
 def _from_mask(model: Any, tokens: Tensor, mask: Tensor) -> Prompts:
-    tokens = _token_rows(model, tokens)
-    mask = (mask[None] if mask.ndim == 1 else mask).to(tokens.device)
+    tokens = _token_rows(tokens)
+    mask = (mask[None] if mask.ndim == 1 else mask).cpu()
     if mask.shape != tokens.shape:
         raise TokenError(
             f"attention_mask must have the shape of the tokens, {tuple(tokens.shape)}; it has"
@@ -238,18 +250,18 @@ def _from_mask(model: Any, tokens: Tensor, mask: Tensor) -> Prompts:
     return Prompts(tokens, start, length)
 
 
-def _token_rows(model: Any, tokens: Tensor) -> Int[Tensor, "batch pos"]:
+def _token_rows(tokens: Tensor) -> Int[Tensor, "batch pos"]:
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
         raise TokenError(
             "Prompts as tokens must be integers [pos] or [batch, pos] with at least one token;"
             f" a {tokens.dtype} tensor of shape {tuple(tokens.shape)} was given."
         )
-    return tokens.long().to(device_of(model), copy=True)  # what the user does to theirs is theirs
+    return tokens.to("cpu", torch.long, copy=True)  # what the user does to theirs is theirs
 
 
 def _from_tokens(model: Any, tokens: Tensor) -> Prompts:
-    tokens = _token_rows(model, tokens)
+    tokens = _token_rows(tokens)
     batch, pos = tokens.shape
     tokenizer = model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
