@@ -294,4 +294,5 @@ class _Strings:
 
 def _pieces(model: Any, text: str) -> list[int]:
     require_unicode(text)
-    return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+    options = dict(prepend_bos=False, truncate=False, move_to_device=False)
+    return model.to_tokens(text, **options)[0].tolist()
