@@ -5,10 +5,12 @@
 
 Two models with random weights: GPT-2 small's size in float32, folded, beside TransformerLens's own
 tool, and a Llama of 8 billion parameters in bfloat16. Each time is a median of runs that alternate,
-until the device is done; memory is the peak above what is held before the call.
+until the device is done; memory is the peak above what is held before the call. Of the first also
+how many short prompts a second a dataset takes.
 """
 
 import argparse
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.dataset import plain, rate
 from tests.benchmarks.models import LARGEST, boot, largest
 from tests.benchmarks.timing import inputs, medians, ours, theirs
-from tl_dla import attribute_inputs
+from tl_dla import attribute_dataset, attribute_inputs
 
 SIZES = {"gpt2-size": ((1, 15), (4, 256), (32, 512)), LARGEST: ((1, 128), (8, 512))}
 UNITS = "component", "layer", "head", "source", "neuron"
@@ -82,6 +85,33 @@ def measured(model: Any, name: str, size: tuple[int, int], runs: int) -> Table:
     return table
 
 
+def dataset(model: Any, n: int = 2048) -> Table:
+    """Prompts of 14 to 21 tokens by head, beside plain passes of the same batches."""
+    draw = random.Random(0)
+    examples = [
+        {
+            "prompt": [draw.randrange(100, 50_000) for _ in range(draw.randrange(14, 22))],
+            "answer": draw.randrange(100, 50_000),
+            "incorrect": draw.randrange(100, 50_000),
+        }
+        for _ in range(n)
+    ]
+    prompts = [e["prompt"] for e in examples]
+    table = Table(
+        f"{n} prompts of 14 to 21 tokens", "plain, a second", "attribute_dataset, a second"
+    )
+    for size in (32, 128, 512):
+        runs = (
+            partial(plain, model, prompts, size),
+            partial(
+                attribute_dataset, model, examples, unit="head", batch_size=size, progress=False
+            ),
+        )
+        rates = [max(rate(waited(run), n) for _ in range(3)) for run in runs]
+        table.add_row(f"batches of {size}", *(f"{x:.0f}" for x in rates))
+    return table
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,6 +126,8 @@ def main() -> None:
         model = largest("cuda") if name == LARGEST else boot(name).to("cuda")
         for size in SIZES[name]:
             console.print(measured(model, name, size, args.runs))
+        if name != LARGEST:
+            console.print(dataset(model))
         del model
 
 

@@ -31,6 +31,17 @@ def rate(run: Callable[[], Any], prompts: int) -> float:
     return prompts / (time.perf_counter() - start)
 
 
+def plain(model: Any, prompts: list[list[int]], batch_size: int) -> None:
+    """The model on the same batches, and no more."""
+    prompts = sorted(prompts, key=len)
+    for start in range(0, len(prompts), batch_size):
+        some = prompts[start : start + batch_size]
+        longest = len(some[-1])
+        padded = torch.tensor([one + [0] * (longest - len(one)) for one in some])
+        with torch.no_grad():
+            model(padded.to(model.cfg.device))
+
+
 def throughput(model_name: str, prompts: int, batch_size: int) -> None:
     from transformer_lens.tools.analysis import direct_logit_attribution as theirs
 
@@ -49,12 +60,7 @@ def throughput(model_name: str, prompts: int, batch_size: int) -> None:
             tool(model, e["prompt"], e["answer"], e["incorrect"], unit="head")
 
     def forwards() -> None:
-        prompts = sorted((model.to_tokens(e["prompt"])[0].tolist() for e in examples), key=len)
-        for start in range(0, len(prompts), batch_size):
-            some = prompts[start : start + batch_size]
-            longest = len(some[-1])
-            with torch.no_grad():
-                model(torch.tensor([one + [0] * (longest - len(one)) for one in some]))
+        plain(model, [model.to_tokens(e["prompt"])[0].tolist() for e in examples], batch_size)
 
     loop_of = {
         "plain forward passes, the same batches": forwards,

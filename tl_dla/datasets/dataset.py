@@ -28,12 +28,12 @@ from tl_dla.datasets.manifest import make_manifest, read_manifest
 from tl_dla.datasets.shards import Folder, Line, RowNames, Shard, completed, stored
 from tl_dla.datasets.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
-from tl_dla.inputs.models import device_of, require_eval, require_model, scales_with_length
+from tl_dla.inputs.models import device_of, on_device, require_eval, require_model, scales_with_length
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
 from tl_dla.inputs.targets import read_targets
-from tl_dla.inputs.tokens import read_prompts
+from tl_dla.inputs.tokens import padded
 from tl_dla.model.sharded import are_sharded
 
 
@@ -234,7 +234,8 @@ def _attribute_batch(
 ) -> Attribution:
     """The attribution of the examples of one batch, not yet certified."""
     examples = batch.examples
-    prompts = read_prompts(model, [example.tokens for example in examples])
+    rows = [torch.tensor(example.tokens, device="cpu") for example in examples]
+    prompts = on_device(padded(model, rows), device_of(model))
     positions = read_positions(pos, prompts)
     answers = torch.tensor([example.answer for example in examples])
     incorrect = torch.tensor([[example.incorrect] for example in examples])  # [batch, pos, several]

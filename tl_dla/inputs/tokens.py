@@ -149,6 +149,8 @@ def _as_tokens(input: Any) -> Tensor | list[Any]:
 
 
 def _is_id(token: Any) -> bool:
+    if type(token) is int:  # most are
+        return True
     scalar = isinstance(token, Tensor | np.ndarray) and token.ndim == 0
     return scalar or isinstance(token, Integral) and not isinstance(token, bool)
 
@@ -156,6 +158,11 @@ def _is_id(token: Any) -> bool:
 def _from_rows(model: Any, given: list[Any], prepend_bos: bool | None) -> Prompts:
     rows = [_read_row(model, prompt, prepend_bos) for prompt in given]
     _question_spaces(model, given, rows)
+    return padded(model, rows)
+
+
+def padded(model: Any, rows: Sequence[Int[Tensor, " _"]]) -> Prompts:
+    """Prompts that were read, as one batch."""
     length = torch.tensor([len(row) for row in rows], device=rows[0].device)
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0
     tokens = pad_sequence(rows, batch_first=True, padding_value=pad)
