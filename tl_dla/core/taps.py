@@ -130,7 +130,7 @@ class Reading:
 
     def read(self, tap: Tap, x: Shaped[Tensor, "batch pos ..."]) -> None:
         """Keep what the tap makes of it, now or at the end."""
-        if tap.together and x.numel() <= _SMALL:
+        if tap.together and _is_small(x):
             self._waiting[tap.read, x.shape, x.dtype, x.device].append((tap, x))
         else:
             self.values[tap] = _alone(tap.read(x))
@@ -150,7 +150,9 @@ def _cat(parts: Sequence[Any]) -> Any:
 
 
 _DEVICES = ("cpu", "cuda")
-_SMALL = 2**14  # numbers of an activation: 64 KiB, so that all of a model's are a few megabytes
+# Numbers of an activation: 64 KiB, so that all of a model's are a few megabytes; elsewhere a call
+# takes longer.
+_SMALL, _SMALL_ELSEWHERE = 2**14, 2**18
 
 
 @contextmanager
@@ -338,7 +340,12 @@ def _alone(kept: Any) -> Any:
 
 def _now(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """A copy of what may wait to be read, since the model may go on to change what it shows."""
-    return x.clone() if x.numel() <= _SMALL else x
+    return x.clone() if _is_small(x) else x
+
+
+def _is_small(x: Shaped[Tensor, "..."]) -> bool:
+    """Whether it may wait."""
+    return x.numel() <= (_SMALL if x.is_cpu else _SMALL_ELSEWHERE)
 
 
 def _rolled(

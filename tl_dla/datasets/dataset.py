@@ -28,7 +28,13 @@ from tl_dla.datasets.manifest import make_manifest, read_manifest
 from tl_dla.datasets.shards import Folder, Line, RowNames, Shard, completed, stored
 from tl_dla.datasets.summary import DatasetAttribution, Tally
 from tl_dla.errors import ArgumentError, ReconstructionError
-from tl_dla.inputs.models import device_of, on_device, require_eval, require_model, scales_with_length
+from tl_dla.inputs.models import (
+    device_of,
+    on_device,
+    require_eval,
+    require_model,
+    scales_with_length,
+)
 from tl_dla.inputs.positions import read_positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Unit, require_unit
