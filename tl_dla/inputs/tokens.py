@@ -161,7 +161,7 @@ def _from_rows(model: Any, given: list[Any], prepend_bos: bool | None) -> Prompt
     return padded(model, rows)
 
 
-def padded(model: Any, rows: Sequence[Int[Tensor, " _"]]) -> Prompts:
+def padded(model: Any, rows: list[Int[Tensor, " _"]]) -> Prompts:
     """Prompts that were read, as one batch."""
     length = torch.tensor([len(row) for row in rows], device=rows[0].device)
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0
