@@ -29,6 +29,7 @@ FAULTS = r"""
     ...own('button').filter(e => !e.textContent.trim() && !e.ariaLabel),
     ...own('p, h1, h2, h3, td, th, summary, code, pre, label, button, span').filter(
       e => e.offsetParent && e.textContent.trim() && contrast(e) < 4.5),
+    ...[...document.querySelectorAll('select')].filter(e => contrast(e) < 4.5),
   ].map(e => e.outerHTML.slice(0, 120)).concat(ids.filter((id, i) => ids.indexOf(id) !== i));
 })()
 """  # noqa: E501
