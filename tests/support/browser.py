@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     " --disable-background-networking --disable-component-update --hide-scrollbars"
-    " --enable-unsafe-swiftshader --remote-debugging-pipe --force-color-profile=srgb"
+    " --disable-software-rasterizer --remote-debugging-pipe --force-color-profile=srgb"
 ).split()
 LIMIT_S = 40.0
 
@@ -157,9 +157,10 @@ class Page:
         self._target = browser.send("Target.createTarget", url="about:blank")["targetId"]
         attached = browser.send("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = attached["sessionId"]
-        # A console that is watched notes where every script comes from, which takes its time.
         for domain in ("Page", "Network", *(("Runtime", "Log") if watched else ())):
             self.send(f"{domain}.enable")
+        if watched:  # without where in its scripts an error arose, for which all are read again
+            self.send("Runtime.setMaxCallStackSizeToCapture", size=0)
         offline = dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
         self.send("Network.emulateNetworkConditions", **offline)
         self.size(width, height)
@@ -265,9 +266,7 @@ class Page:
             if event["type"] in ("error", "warning", "assert"):
                 found.append(" ".join(str(a.get("value", a)) for a in event["args"]))
         for event in self._events("Log.entryAdded"):
-            # What the graphics driver of a machine without one says of its speed is not the page's.
-            driver = "GL Driver Message" in event["entry"]["text"]
-            if event["entry"]["level"] in ("error", "warning") and not driver:
+            if event["entry"]["level"] in ("error", "warning"):
                 found.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
         return found
 

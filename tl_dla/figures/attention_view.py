@@ -26,6 +26,8 @@ _ELEMENTS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
 # Draws every element of a page; circuitsvis must have been unpacked.
 DRAW = """
 function drawAttention() {
+  // Its tensors are small, and by WebGL each waits for the graphics driver: a second without one.
+  window._tfengine?.setBackend("cpu");
   for (const data of document.querySelectorAll("script.attention-data")) {
     const view = JSON.parse(data.textContent);
     CircuitsVis.render(view.name, CircuitsVis[view.element], view.props);
