@@ -228,7 +228,7 @@ def _tokenize(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " 
     require_unicode(text)
     bos = tokenizer.bos_token
     options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-    tokens = model.to_tokens(text, truncate=False, move_to_device=False, **options)[0]
+    tokens = model.to_tokens(text, truncate=False, move_to_device=False, **options)[0].cpu()
     if bos and text.startswith(bos) and len(tokens) > 1:
         if int(tokens[0]) == int(tokens[1]) == tokenizer.bos_token_id:
             raise TokenError(
