@@ -149,8 +149,6 @@ def _as_tokens(input: Any) -> Tensor | list[Any]:
 
 
 def _is_id(token: Any) -> bool:
-    if type(token) is int:  # most are
-        return True
     scalar = isinstance(token, Tensor | np.ndarray) and token.ndim == 0
     return scalar or isinstance(token, Integral) and not isinstance(token, bool)
 
