@@ -81,16 +81,17 @@ def read_rotary(attn: Any, at: str, start: int, width: int, d_head: int) -> Rota
         return None
     home = sys.modules.get(type(inner).__module__)
     config = getattr(inner, "config", None)
-    table = getattr(inner, "embed_positions", None)
     interleave = getattr(config, "rope_interleave", False)
     names = ["apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"]
     found = (getattr(home, name, None) for name in (names[::-1] if interleave else names))
     function = next((each for each in found if each is not None), None)
-    if isinstance(table, Tensor) and function is not None:  # GPT-J: sin and cos in one table
-        site = Site(at, attn, True, "position_ids")
-        rotated = getattr(inner, "rotary_dim", None) or width
-        return Rotary(site, start, rotated, d_head, _by_table(function, table))
     site = Site(at, attn, True, "position_embeddings")
+    if function is not None and list(signature(function).parameters)[1:] == ["sin", "cos"]:
+        table = getattr(inner, "embed_positions", None)
+        if table is not None:  # GPT-J before transformers 5.24
+            site = Site(at, attn, True, "position_ids")
+        rotated = getattr(inner, "rotary_dim", None) or width
+        return Rotary(site, start, rotated, d_head, _sin_first(function, table))
     if function is None and hasattr(home, "apply_rotary_emb"):  # DeepSeek-V2, Llama 4
         return Rotary(site, start, width, d_head, _complex_only)
     if function is None:
@@ -117,12 +118,17 @@ def _by_function(function: Callable[..., Any]) -> Callable[[Tensor, Any], Tensor
     return apply
 
 
-def _by_table(function: Callable[..., Any], table: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    """`apply_rotary_pos_emb(x, sin, cos)` with x `[batch, pos, head, width]`."""
+def _sin_first(
+    function: Callable[..., Any], table: Float[Tensor, "pos two_width"] | None
+) -> Callable[[Tensor, Any], Tensor]:
+    """`apply_rotary_pos_emb(x, sin, cos)` with x `[batch, pos, head, width]`, as in GPT-J.
 
-    def apply(basis: Tensor, positions: Any) -> Tensor:
-        sin, cos = table.to(basis)[positions].chunk(2, -1)
-        return function(basis.transpose(1, 2), sin, cos).transpose(1, 2)
+    The attention is given sin and cos, or positions to look up in its own table.
+    """
+
+    def apply(basis: Tensor, given: Any) -> Tensor:
+        sin, cos = given if table is None else table[given].chunk(2, -1)
+        return function(basis.transpose(1, 2), sin.to(basis), cos.to(basis)).transpose(1, 2)
 
     return apply
 
