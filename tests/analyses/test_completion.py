@@ -8,6 +8,7 @@ from tests.zoo.build import hf_reference, tokens
 from tl_dla import (
     ArgumentError,
     TokenError,
+    UnsupportedModelError,
     attribute_answer,
     attribute_completion,
     direct_logit_attribution,
@@ -180,6 +181,35 @@ def test_a_model_whose_end_is_not_known_says_all_that_it_may(name, monkeypatch):
     assert found.answers == [[str(token) for token in text[0, 6:].tolist()]]
     [stop] = text[0, 6:7].tolist()
     assert len(attribute_completion(model, text[:, :6], eos_token_id=stop).answers[0]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # transformers 5.24
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_the_model_keeps_of_earlier_tokens_is_left_alone_where_it_is_empty(name, monkeypatch):
+    """As TransformerLens 4.3 keeps it with transformers 5.24."""
+    model, text = load(name), tokens(1, 6)
+    attention = type(model.blocks[0].attn)
+    monkeypatch.setattr(attention, "_update_kv_cache", lambda self, k, v, **_: (k, v))
+    options = {"max_new_tokens": 4, "stop_at_eos": False, "do_sample": False}
+    forgetful = model.generate(text, return_type="tokens", verbose=False, **options)
+    found = attribute_completion(model, text, **options)
+    with torch.no_grad():
+        for _ in range(4):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+    assert not torch.equal(forgetful, text)
+    assert torch.equal(found.steps.query.targets.ids[0, :, 0], text[0, 6:])
+
+
+@pytest.mark.parametrize("name", either("gpt2", "ln"))
+def test_a_text_that_the_model_would_not_say_is_refused(name, monkeypatch):
+    model, text = load(name), tokens(1, 6)
+    with torch.no_grad():
+        for rank in (0, 2):
+            chosen = model(text)[:, -1:].topk(rank + 1).indices[..., rank]
+            text = torch.cat([text, chosen], 1)
+    monkeypatch.setattr(model, "generate", lambda *_, **__: text)
+    with pytest.raises(UnsupportedModelError, match="as token 1 of .* finds 2 tokens likelier"):
+        attribute_completion(model, text[:, :6], max_new_tokens=2)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -157,7 +157,7 @@ def test_positions_and_batches_of_a_cache(name):
     close(decompose(cache, pos=slice(2, 5)).vectors, every[:, :, 2:5], 0)
     close(decompose(cache, pos=[4, 0]).vectors, every[:, :, [4, 0]], 0)
     _, single = model.run_with_cache(tokens()[:1], remove_batch_dim=True)
-    close(decompose(single, pos=None).vectors, every[:, 0], 1e-6)
+    close(decompose(single, pos=None).vectors, every[:, 0], 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

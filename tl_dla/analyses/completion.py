@@ -24,14 +24,16 @@ from tl_dla.analyses.chat import is_answered, is_conversation, read_answered, re
 from tl_dla.analyses.odds import Odds, OddsReader
 from tl_dla.core.certificate import Check, require_check
 from tl_dla.core.result import Attribution
+from tl_dla.core.rounding import logits_tolerance
 from tl_dla.core.run import CAUSE, run
-from tl_dla.errors import ArgumentError, TokenError
+from tl_dla.errors import ArgumentError, TokenError, UnsupportedModelError
 from tl_dla.inputs.models import require_eval, require_model
 from tl_dla.inputs.positions import Positions
 from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
 from tl_dla.inputs.tokens import Prompts, read_prompts, require_unicode, token_strings
+from tl_dla.model.hooks import is_bridge, upcast
 from tl_dla.model.reader import ModelReader
 
 Answer = str | Sequence[int] | Int[Tensor, "..."]
@@ -142,6 +144,7 @@ def attribute_completion(
     Raises:
         TokenError: for a prompt or completion that cannot be read, or is longer than the context.
         ArgumentError: for other arguments that do not fit.
+        UnsupportedModelError: where what `model.generate` said is not what the model itself would.
         ReconstructionError: where the rows do not add up to the model's own logits.
 
     Example:
@@ -162,7 +165,8 @@ def attribute_completion(
         )
     about = _About.of(model, unit, layers, heads, top_neurons, check)
     model, role = about.model, "assistant" if is_conversation(prompt) else "answer"
-    _require_options(model, generate, said=completion is not None or is_answered(prompt))
+    said = completion is not None or is_answered(prompt)
+    _require_options(model, generate, said)
     if completion is None and is_answered(prompt):
         start, ids, segments = read_answered(model, prompt)
     else:
@@ -172,7 +176,10 @@ def attribute_completion(
         else:
             [ids] = _answers(model, completion, 1, "completion")
         segments = [*segments, *[role] * len(ids)]
-    return about.attribute([start], [ids], [segments], against=baseline)
+    found = about.attribute([start], [ids], [segments], against=baseline)
+    if not (said or generate) and found.ranks.any():
+        _require_likeliest(model, start, ids, found.ranks[0])
+    return found
 
 
 def _require_options(model: Any, options: Mapping[str, Any], said: bool) -> None:
@@ -199,8 +206,43 @@ def _generated(
     ends = any(one is not None for one in [*known, options.get("eos_token_id")])
     given = {"do_sample": False, "verbose": False, "stop_at_eos": ends, **options}
     with torch.no_grad():
+        if _forgets(model, start):
+            given["use_past_kv_cache"] = False
         out = model.generate(start[None], max_new_tokens=n, return_type="tokens", **given)
     return out[0, len(start) :]
+
+
+def _forgets(model: Any, start: Int[Tensor, " token"]) -> bool:
+    """Whether attention leaves the keys and values it is given to keep empty.
+
+    Every token said after the first would then see itself alone. TransformerLens 4.3 does so with
+    transformers 5.24, which calls that argument by another name.
+    """
+    if not is_bridge(model):
+        return False
+    _, kept = model(start[None, :1], return_type="logits_and_cache", use_cache=True)
+    layers = [x for x in getattr(kept, "layers", []) if hasattr(x, "get_seq_length")]
+    return any(layer.get_seq_length() == 0 for layer in layers)
+
+
+def _require_likeliest(
+    model: Any, start: Int[Tensor, " token"], ids: Int[Tensor, " new"], ranks: Int[Tensor, " new"]
+) -> None:
+    """Raise where the model's own pass finds a token likelier than the one it said greedily."""
+    with torch.no_grad():
+        raw = model(torch.cat([start, ids])[None], return_type="logits")
+    logits = upcast(raw[0, len(start) - 1 : -1])
+    behind = logits.amax(-1) - logits.gather(-1, ids[:, None].to(logits.device))[:, 0]
+    allowed = logits_tolerance(ModelReader(model).machine_eps) * logits.abs().amax()
+    wrong = (behind > allowed).nonzero()
+    if len(wrong):
+        n = int(wrong[0])
+        raise UnsupportedModelError(
+            f"model.generate said {token_strings(model, ids)[n]!r} as token {n} of its completion,"
+            f" where the model's own pass over the same text finds {int(ranks[n])} tokens likelier:"
+            " what it keeps of earlier tokens is wrong. Give use_past_kv_cache=False, or the text"
+            " as completion."
+        )
 
 
 # ---- the run -----------------------------------------------------------------------------------
