@@ -22,6 +22,7 @@ see Kamath et al. 2025 (https://transformer-circuits.pub/2025/attention-qk) for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -248,13 +249,14 @@ class Score:
             for i, own in enumerate(rows)
         )
         halves = halves_of(query, key, streams, form)
-        return AttentionAttribution.of(by_query, by_key, halves, self.label, index, self._tokens())
+        return AttentionAttribution.of(by_query, by_key, halves, self.label, index, self._tokens)
 
     @property
     def label(self) -> str:
         """The head's."""
         return f"L{self.layer}H{self.head}"
 
+    @cached_property
     def _tokens(self) -> list[tuple[str, ...]]:
         """The query, key and versus of each prompt, as text."""
         prompts, model = self.query.prompts, self.query.model
@@ -265,7 +267,7 @@ class Score:
         return [tuple(tokens[b][i] for i in places) for b, places in enumerate(index)]
 
     def _subject(self) -> Subject:
-        keys = [tokens[1:] for tokens in self._tokens()]
+        keys = [tokens[1:] for tokens in self._tokens]
         seen = " rather than ".join(map(repr, keys[0]))
         seen = seen if len(set(keys)) == 1 else "each prompt's own tokens"
         return Subject(f"{self.label}: {seen}", "model's own score", "score", "nats")

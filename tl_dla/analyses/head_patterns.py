@@ -113,24 +113,22 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
     selection = Selection(layers=tuple(layers), heads=tuple(places.values()))
     once = again(result, "source", selection, taps=list(whole.values()), cache=cache)
     moved = once.result(Attribution).certified("raise", CAUSE)
-    queries = positions.mask(tokens.shape[1])
-    last = positions.last[:, None]
+    tokens, queries = tokens.cpu(), positions.mask(tokens.shape[1]).cpu()
+    last = positions.last[:, None].cpu()
     last_queries = torch.zeros_like(queries).scatter_(1, last, True)
 
     patterns = {
         (layer, head): own_part(once.kept[whole[layer]][:, head], prompts.length)
         for layer, head in places.values()
     }
-    paid = {
-        place: one.take_along_dim(last[..., None].to(one.device), 1)[:, 0]
-        for place, one in patterns.items()
-    }
+    seen = {place: one.cpu() for place, one in patterns.items()}  # prompt by prompt, in Python
+    paid = {place: one.take_along_dim(last[..., None], 1)[:, 0] for place, one in seen.items()}
     why = reasons(result.query, paid, cache)
     found = []
     for label, (layer, head) in places.items():
         part = moved.reconstruction.parts[f"the source tokens of {label}"]
         _require_row(result, label, part, cache)
-        pattern = patterns[layer, head]
+        pattern = seen[layer, head]
         every, asked, at_last = (
             [
                 pool(pattern[b, :n, :n], tokens[b, :n], texts[b], mask[b, :n])
@@ -145,7 +143,7 @@ def _read(result: Attribution, labels: Sequence[str], cache: Any) -> list[HeadPa
                 layer=layer,
                 head=head,
                 value=result[label],
-                pattern=pattern,
+                pattern=patterns[layer, head],
                 contributions=_moved(moved, label, part.expected, int(prompts.length.max())),
                 tokens=texts,
                 scores=scores(sums),

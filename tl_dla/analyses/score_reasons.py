@@ -69,8 +69,8 @@ def _places(query: Query, paid: Float[Tensor, "batch key"]) -> Int[Tensor, "batc
     ids, last = query.prompts.packed.tolist(), query.positions.last.tolist()
     targets = query.targets.ids.expand(len(ids), *query.targets.ids.shape[1:]).flatten(1).tolist()
     for b, (tokens, at) in enumerate(zip(ids, last, strict=True)):
-        seen = paid[b].argsort(descending=True, stable=True).tolist()
-        order = [i for i in seen if paid[b, i] > 0]
+        own = paid[b].tolist()
+        order = sorted((i for i, x in enumerate(own) if x > 0), key=lambda i: -own[i])
         key = order[0]
         others = [i for i in order if tokens[i] != tokens[key]]
         named = [i for i in others if tokens[i] in targets[b]] if tokens[key] in targets[b] else []

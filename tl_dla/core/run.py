@@ -159,7 +159,7 @@ def run(
             f"not checked: {x}" for x in check_cache(query.model, cache, query.prompts)
         )
     if several_readings(query):
-        one = replace(query, targets=query.targets.chunks(1)[0])
+        one = replace(query, targets=next(query.targets.chunks(1)))
         whole = of_query(one, unit, selection, reader=reader)
         return _by_tokens(query, whole, partial(read, logits=True), everything, unchecked)
     whole = of_query(query, unit, selection, mean, reader)
@@ -271,7 +271,7 @@ def _in_parts(query: Query) -> list[slice]:
 
 def several_readings(query: Query) -> bool:
     """Whether the candidates are too many for their directions to be pulled back at once."""
-    return len(query.targets.chunks(_TOKENS_AT_ONCE)) > 1
+    return len([*query.targets.chunks(_TOKENS_AT_ONCE)]) > 1
 
 
 def _by_tokens(

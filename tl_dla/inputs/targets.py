@@ -1,7 +1,7 @@
 """Answers, baselines and candidates as target tokens, and how their logits are added up."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,16 +39,14 @@ class Targets:
         """Values of the tokens, added up for each candidate."""
         return tokens if self.weights is None else tokens @ self.weights.to(tokens).mT
 
-    def chunks(self, size: int) -> "list[Targets]":
+    def chunks(self, size: int) -> "Iterator[Targets]":
         """The candidates in parts; in one where tokens are added up."""
         if self.weights is not None or self.ids.shape[-1] <= size:
-            return [self]
+            yield self
+            return
         names = self.candidates or ()
-        starts = range(0, self.ids.shape[-1], size)
-        return [
-            replace(self, ids=self.ids[..., i : i + size], candidates=names[i : i + size])
-            for i in starts
-        ]
+        for i in range(0, self.ids.shape[-1], size):
+            yield replace(self, ids=self.ids[..., i : i + size], candidates=names[i : i + size])
 
     def part(self, rows: slice | Int[Tensor, " row"]) -> "Targets":
         """The targets of some of the prompts."""
