@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import tl_dla
 
@@ -23,3 +25,9 @@ def test_the_public_names_are_those_that_type_checkers_see():
     assert set(tl_dla.__all__) <= set(dir(tl_dla))
     with pytest.raises(AttributeError, match="nothing"):
         tl_dla.nothing  # noqa: B018
+
+
+def test_shapes_are_checked_while_tests_run():
+    readout = tl_dla.Readout(torch.ones(1, 3))
+    with pytest.raises(TypeCheckError, match="of_bias"):
+        readout.of_bias(torch.ones(2, 3))
