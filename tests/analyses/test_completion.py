@@ -208,7 +208,7 @@ def test_a_text_that_the_model_would_not_say_is_refused(name, monkeypatch):
             chosen = model(text)[:, -1:].topk(rank + 1).indices[..., rank]
             text = torch.cat([text, chosen], 1)
     monkeypatch.setattr(model, "generate", lambda *_, **__: text)
-    with pytest.raises(UnsupportedModelError, match="as token 1 of .* finds 2 tokens likelier"):
+    with pytest.raises(UnsupportedModelError, match="as token 1 of .* gives rank 2 "):
         attribute_completion(model, text[:, :6], max_new_tokens=2)
 
 

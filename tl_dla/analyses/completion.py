@@ -220,9 +220,9 @@ def _forgets(model: Any, start: Int[Tensor, " token"]) -> bool:
     """
     if not is_bridge(model):
         return False
-    _, kept = model(start[None, :1], return_type="logits_and_cache", use_cache=True)
-    layers = [x for x in getattr(kept, "layers", []) if hasattr(x, "get_seq_length")]
-    return any(layer.get_seq_length() == 0 for layer in layers)
+    output = model.original_model(start[None, :1], use_cache=True)
+    kept = getattr(getattr(output, "past_key_values", None), "layers", [])
+    return any(x.get_seq_length() == 0 for x in kept if hasattr(x, "get_seq_length"))
 
 
 def _require_likeliest(
@@ -233,15 +233,15 @@ def _require_likeliest(
         raw = model(torch.cat([start, ids])[None], return_type="logits")
     logits = upcast(raw[0, len(start) - 1 : -1])
     behind = logits.amax(-1) - logits.gather(-1, ids[:, None].to(logits.device))[:, 0]
-    allowed = logits_tolerance(ModelReader(model).machine_eps) * logits.abs().amax()
-    wrong = (behind > allowed).nonzero()
+    eps = max(ModelReader(model).machine_eps, torch.finfo(raw.dtype).eps)
+    wrong = (behind > logits_tolerance(eps) * logits.abs().amax()).nonzero()
     if len(wrong):
         n = int(wrong[0])
         raise UnsupportedModelError(
             f"model.generate said {token_strings(model, ids)[n]!r} as token {n} of its completion,"
-            f" where the model's own pass over the same text finds {int(ranks[n])} tokens likelier:"
-            " what it keeps of earlier tokens is wrong. Give use_past_kv_cache=False, or the text"
-            " as completion."
+            f" to which the model's own pass over the same text gives rank {int(ranks[n])} (0 is the"
+            " likeliest): it forgets earlier tokens as it speaks, or sees later ones. Give"
+            " use_past_kv_cache=False, or the text as completion."
         )
 
 
