@@ -239,7 +239,7 @@ def _require_likeliest(
         n = int(wrong[0])
         raise UnsupportedModelError(
             f"model.generate said {token_strings(model, ids)[n]!r} as token {n} of its completion,"
-            f" to which the model's own pass over the same text gives rank {int(ranks[n])} (0 is the"
+            f" which the model's own pass over the same text gives rank {int(ranks[n])} (0 is the"
             " likeliest): it forgets earlier tokens as it speaks, or sees later ones. Give"
             " use_past_kv_cache=False, or the text as completion."
         )
