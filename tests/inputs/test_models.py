@@ -191,6 +191,7 @@ def test_one_module_in_training_mode_is_enough_to_refuse():
     require_eval(model)
     for module in model.modules():
         module.training = True
-        with pytest.raises(ArgumentError, match="in training mode"):
+        todo = r"\.$" if module is model else ", or, .* leaves parts out: for module in"
+        with pytest.raises(ArgumentError, match=rf"in training mode .* model.eval\(\) first{todo}"):
             require_eval(model)
         module.training = False

@@ -69,9 +69,13 @@ def require_eval(model: Any) -> None:
         return
     if any(module.training for module in model.modules()):
         where = next(name for name, module in model.named_modules() if module.training)
+        left_out = (
+            ", or, with TransformerLens 3.0 to 3.5, in which that leaves parts out: for module in"
+            " model.modules(): vars(module)['training'] = False"
+        )
         raise ArgumentError(
             f"The model is in training mode ({where or 'the model'}): dropout would change its"
-            " logits. Call model.eval() first."
+            f" logits. Call model.eval() first{'.' if model.training else left_out}"
         )
 
 

@@ -62,7 +62,7 @@ def boot_loaded(model: Any, tokenizer: Any, *, device: Any, dtype: torch.dtype) 
             return boot_hooked(name, device=device, dtype=dtype, **options).eval()
         options |= dict(device=device, dtype=dtype)
         try:
-            wrapped = bridge(name or type(model).__name__, **options).eval()
+            wrapped = bridge(name or type(model).__name__, **options)
         except RuntimeError as error:  # it splits a joint weight of queries, keys and values
             if are_sharded(model):
                 raise _joint(model) from error
@@ -126,7 +126,7 @@ def load_hooked(folder: Path) -> Any:
 
 
 def bridge(name: str, **options: Any) -> Any:
-    """A `TransformerBridge`.
+    """A `TransformerBridge` in evaluation mode.
 
     Raises:
         UnsupportedModelError: where TransformerLens has none.
@@ -139,7 +139,10 @@ def bridge(name: str, **options: Any) -> Any:
         )
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(name, **options)
+    made = TransformerBridge.boot_transformers(name, **options).eval()
+    for module in made.modules():  # those of TransformerLens 3.0 to 3.5 are made for training,
+        vars(module)["training"] = False  # and pass on what is set to the module they wrap
+    return made
 
 
 def boot_hooked(name: str, **options: Any) -> Any:
