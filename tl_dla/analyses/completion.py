@@ -33,7 +33,7 @@ from tl_dla.inputs.query import Query
 from tl_dla.inputs.selection import Selection, Unit, read_selection, require_unit
 from tl_dla.inputs.targets import Targets, token_ids
 from tl_dla.inputs.tokens import Prompts, read_prompts, require_unicode, token_strings
-from tl_dla.model.hooks import is_bridge, upcast
+from tl_dla.model.hooks import is_bridge
 from tl_dla.model.reader import ModelReader
 
 Answer = str | Sequence[int] | Int[Tensor, "..."]
@@ -178,7 +178,7 @@ def attribute_completion(
         segments = [*segments, *[role] * len(ids)]
     found = about.attribute([start], [ids], [segments], against=baseline)
     if not (said or generate) and found.ranks.any():
-        _require_likeliest(model, start, ids, found.ranks[0])
+        _require_likeliest(about.attribute([start], [ids], [segments], against="runner-up"))
     return found
 
 
@@ -225,21 +225,17 @@ def _forgets(model: Any, start: Int[Tensor, " token"]) -> bool:
     return any(x.get_seq_length() == 0 for x in kept if hasattr(x, "get_seq_length"))
 
 
-def _require_likeliest(
-    model: Any, start: Int[Tensor, " token"], ids: Int[Tensor, " new"], ranks: Int[Tensor, " new"]
-) -> None:
-    """Raise where the model's own pass finds a token likelier than the one it said greedily."""
-    with torch.no_grad():
-        raw = model(torch.cat([start, ids])[None], return_type="logits")
-    logits = upcast(raw[0, len(start) - 1 : -1])
-    behind = logits.amax(-1) - logits.gather(-1, ids[:, None].to(logits.device))[:, 0]
-    eps = max(ModelReader(model).machine_eps, torch.finfo(raw.dtype).eps)
-    wrong = (behind > logits_tolerance(eps) * logits.abs().amax()).nonzero()
+def _require_likeliest(found: AnswerAttribution) -> None:
+    """Raise where a runner-up, with which each token is compared, is likelier beyond rounding."""
+    steps, logits = found.steps, found.steps.numbers.logits[0]
+    eps = ModelReader(steps.model).machine_eps
+    allowed = steps.reconstruction.tolerance[0] + logits_tolerance(eps) * logits.abs().amax()
+    wrong = (logits[:, 1] - logits[:, 0] > allowed).nonzero()
     if len(wrong):
         n = int(wrong[0])
         raise UnsupportedModelError(
-            f"model.generate said {token_strings(model, ids)[n]!r} as token {n} of its completion,"
-            f" which the model's own pass over the same text gives rank {int(ranks[n])} (0 is the"
+            f"model.generate said {found.answers[0][n]!r} as token {n} of its completion, which the"
+            f" model's own pass over the same text gives rank {int(found.ranks[0, n])} (0 is the"
             " likeliest): it forgets earlier tokens as it speaks, or sees later ones. Give"
             " use_past_kv_cache=False, or the text as completion."
         )

@@ -140,8 +140,9 @@ def bridge(name: str, **options: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     made = TransformerBridge.boot_transformers(name, **options).eval()
-    for module in made.modules():  # those of TransformerLens 3.0 to 3.5 are made for training,
-        vars(module)["training"] = False  # and pass on what is set to the module they wrap
+    # Some of TransformerLens 3.0 to 3.5 stay in training mode: they pass on what is set.
+    for module in made.modules():
+        vars(module)["training"] = False
     return made
 
 

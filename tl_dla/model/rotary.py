@@ -127,7 +127,7 @@ def _sin_first(
     """
 
     def apply(basis: Tensor, given: Any) -> Tensor:
-        sin, cos = given if table is None else table[given].chunk(2, -1)
+        sin, cos = given if table is None else table.to(basis)[given].chunk(2, -1)
         return function(basis.transpose(1, 2), sin.to(basis), cos.to(basis)).transpose(1, 2)
 
     return apply
